@@ -1,0 +1,2 @@
+//! Snapshots of a tree on a store.
+fn main() {}

@@ -1,0 +1,1 @@
+//! Harness of the end-to-end tests: finds the binaries, starts servers on free ports, compares trees.
