@@ -39,7 +39,7 @@ pub enum Verb {
 /// Flags of every verb; each overrides its RUNTIME_ variable.
 #[derive(Debug, Args)]
 pub struct Flags {
-    /// s3://bucket/prefix or file:///dir
+    /// <s3://bucket/prefix> or <file:///dir>
     #[arg(long, global = true, value_name = "URL")]
     pub store: Option<String>,
     /// Instance id: whose snapshots

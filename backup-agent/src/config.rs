@@ -34,26 +34,32 @@ impl fmt::Debug for Secret {
 pub enum Location {
     /// A directory of this machine.
     Directory(PathBuf),
-    /// A prefix of a bucket; the prefix is empty or ends in `/`.
-    S3 {
-        bucket: String,
-        prefix: String,
-        endpoint: Url,
-        /// The bucket is part of the host name instead of the path.
-        virtual_host: bool,
-        region: String,
-        access_key_id: String,
-        secret_access_key: Secret,
-        session_token: Option<Secret>,
-    },
+    /// A prefix of a bucket.
+    S3(Box<Bucket>),
+}
+
+/// A prefix of a bucket and how to get at it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Bucket {
+    pub name: String,
+    /// Empty, or ends in `/`.
+    pub prefix: String,
+    pub endpoint: Url,
+    /// The bucket is part of the host name instead of the path.
+    pub is_virtual_host: bool,
+    pub region: String,
+    pub access_key_id: String,
+    pub secret_access_key: Secret,
+    pub session_token: Option<Secret>,
 }
 
 impl fmt::Display for Location {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Directory(path) => write!(f, "file://{}", path.display()),
-            Self::S3 { bucket, prefix, .. } => {
-                write!(f, "s3://{bucket}/{}", prefix.trim_end_matches('/'))
+            Self::S3(bucket) => {
+                let prefix = bucket.prefix.trim_end_matches('/');
+                write!(f, "s3://{}/{prefix}", bucket.name)
             }
         }
     }
@@ -98,9 +104,13 @@ impl Config {
             level
         });
 
-        let state = source.directory("RUNTIME_STATE", &flags.state, "/var/lib/openclaw-runtime");
-        let root = source.directory("RUNTIME_ROOT", &flags.root, "/data");
-        let instance = source.instance(&flags.instance);
+        let state = source.directory(
+            "RUNTIME_STATE",
+            flags.state.as_ref(),
+            "/var/lib/openclaw-runtime",
+        );
+        let root = source.directory("RUNTIME_ROOT", flags.root.as_ref(), "/data");
+        let instance = source.instance(flags.instance.as_ref());
         let store = flags
             .store
             .clone()
@@ -184,13 +194,11 @@ impl Source<'_> {
 
     /// The variable's text; set to nothing is as good as unset.
     fn text(&mut self, name: &str) -> Option<String> {
-        match (self.env)(name)?.into_string() {
-            Ok(text) => Some(text).filter(|text| !text.is_empty()),
-            Err(_) => {
-                self.reject(name, "it is not valid UTF-8");
-                None
-            }
-        }
+        let Ok(text) = (self.env)(name)?.into_string() else {
+            self.reject(name, "it is not valid UTF-8");
+            return None;
+        };
+        Some(text).filter(|text| !text.is_empty())
     }
 
     fn duration(&mut self, name: &str, text: Option<&str>, default_secs: u64) -> Duration {
@@ -210,24 +218,24 @@ impl Source<'_> {
         }
     }
 
-    fn directory(&mut self, name: &str, flag: &Option<String>, default: &str) -> PathBuf {
+    fn directory(&mut self, name: &str, flag: Option<&String>, default: &str) -> PathBuf {
         let path = flag
-            .clone()
+            .cloned()
             .or_else(|| self.text(name))
             .unwrap_or_else(|| default.to_owned());
         let path = PathBuf::from(path);
         if !path.is_absolute() || path.parent().is_none() {
             self.reject(
                 name,
-                format_args!("{path:?} must be an absolute path below /"),
+                format_args!("{} must be an absolute path below /", path.display()),
             );
         }
         path
     }
 
-    fn instance(&mut self, flag: &Option<String>) -> String {
+    fn instance(&mut self, flag: Option<&String>) -> String {
         let id = flag
-            .clone()
+            .cloned()
             .or_else(|| self.text("RUNTIME_INSTANCE_ID"))
             .unwrap_or_else(|| "local".to_owned());
         let is_known =
@@ -369,7 +377,7 @@ impl Source<'_> {
         };
         // The bucket goes into the host name where the endpoint says so, or already has it there.
         let host = format!("://{bucket}.");
-        let (plain, virtual_host) = if endpoint.contains("://{bucket}.") {
+        let (plain, is_virtual_host) = if endpoint.contains("://{bucket}.") {
             (endpoint.replace("://{bucket}.", "://"), true)
         } else if endpoint.contains(&host) {
             (endpoint.replace(&host, "://"), true)
@@ -393,20 +401,20 @@ impl Source<'_> {
             );
             return None;
         }
-        Some(Location::S3 {
-            bucket: bucket.to_owned(),
+        Some(Location::S3(Box::new(Bucket {
+            name: bucket.to_owned(),
             prefix: if prefix.is_empty() {
                 String::new()
             } else {
                 format!("{prefix}/")
             },
             endpoint: url,
-            virtual_host,
+            is_virtual_host,
             region,
             access_key_id: id?,
             secret_access_key: Secret(key?),
             session_token: token.map(Secret),
-        })
+        })))
     }
 }
 
@@ -447,9 +455,9 @@ mod tests {
         assert_eq!(config.root, PathBuf::from("/data"));
         assert_eq!(
             config.bound(&Verb::Backup { fork: false }),
-            Duration::from_secs(120)
+            Duration::from_mins(2)
         );
-        assert_eq!(config.bound(&Verb::List), Duration::from_secs(600));
+        assert_eq!(config.bound(&Verb::List), Duration::from_mins(10));
     }
 
     #[test]
@@ -491,22 +499,16 @@ mod tests {
         ] {
             let mut env = S3.to_vec();
             env[1].1 = endpoint;
-            match load(&[], &env).expect("complete").location {
-                Location::S3 {
-                    prefix,
-                    endpoint,
-                    virtual_host,
-                    region,
-                    ..
-                } => {
-                    assert_eq!(
-                        (prefix.as_str(), region.as_str(), virtual_host),
-                        ("a/b/", "auto", is_virtual)
-                    );
-                    assert_eq!(endpoint.as_str(), url);
-                }
-                Location::Directory(path) => panic!("{path:?} is not on S3"),
-            }
+            let location = load(&[], &env).expect("complete").location;
+            let Location::S3(bucket) = location else {
+                panic!("{location} is not on S3");
+            };
+            assert_eq!(
+                (bucket.prefix.as_str(), bucket.region.as_str()),
+                ("a/b/", "auto")
+            );
+            assert_eq!(bucket.is_virtual_host, is_virtual);
+            assert_eq!(bucket.endpoint.as_str(), url);
         }
     }
 
@@ -541,7 +543,7 @@ mod tests {
     #[test]
     fn durations_have_a_unit_and_fit() {
         assert_eq!(parse_duration("500ms"), Some(Duration::from_millis(500)));
-        assert_eq!(parse_duration("2h"), Some(Duration::from_secs(7200)));
+        assert_eq!(parse_duration("2h"), Some(Duration::from_hours(2)));
         for bad in [
             "",
             "5",

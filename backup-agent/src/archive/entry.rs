@@ -5,6 +5,8 @@ use std::{cmp::Ordering, collections::BTreeMap};
 use base64::{Engine, prelude::BASE64_STANDARD};
 use serde::{Deserialize, Serialize};
 
+use crate::snapshot::id::hex;
+
 /// What a path is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -145,7 +147,7 @@ impl Entry {
         };
         let (path, path64) = encode(path);
         let (link, link64) = self.link.as_deref().map_or((None, None), encode);
-        let line = Line {
+        let json = Line {
             path,
             path64,
             kind: self.kind,
@@ -165,7 +167,7 @@ impl Entry {
                 .collect(),
             stamp: self.stamp,
         };
-        serde_json::to_vec(&line).expect("an entry has string keys and no failing serializer")
+        serde_json::to_vec(&json).expect("an entry has string keys and no failing serializer")
     }
 
     /// Reads a line; the reason when it is not one.
@@ -219,7 +221,7 @@ pub fn display(path: &[u8]) -> String {
             }
         }
         for byte in chunk.invalid() {
-            text.push_str(&format!("\\x{byte:02x}"));
+            text.extend(["\\x", &hex(&[*byte])]);
         }
     }
     text

@@ -35,14 +35,11 @@ pub async fn run(config: &Config, store: &dyn Store) -> Result<Answer, Error> {
     let history = history(&records, newest.as_deref());
     let is_fork = |record: &Record| !history.contains(&record.id);
 
-    let mut text = String::new();
+    let mut rows = Vec::new();
     if records.is_empty() {
-        text.push_str(&format!("no snapshots in {}\n", config.place()));
+        rows.push(format!("no snapshots in {}\n", config.place()));
     } else {
-        text.push_str(&format!(
-            "{:28}  {:24}  {:>8}  {:>11}  {:>11}  {}\n",
-            "ID", "TIME", "FILES", "SIZE", "STORED", "NOTE"
-        ));
+        rows.push(row(["ID", "TIME", "FILES", "SIZE", "STORED", "NOTE"]));
     }
     let mut list = Vec::new();
     for record in &records {
@@ -56,14 +53,14 @@ pub async fn run(config: &Config, store: &dyn Store) -> Result<Answer, Error> {
             (_, true) => ", fork",
             _ => "",
         };
-        text.push_str(&format!(
-            "{:28}  {:24}  {:>8}  {:>11}  {:>11}  {consistency}{place}\n",
-            record.id,
-            record.time,
-            record.totals.files,
-            human_bytes(record.totals.bytes),
-            human_bytes(record.totals.stored_bytes),
-        ));
+        rows.push(row([
+            &record.id,
+            &record.time,
+            &record.totals.files.to_string(),
+            &human_bytes(record.totals.bytes),
+            &human_bytes(record.totals.stored_bytes),
+            &format!("{consistency}{place}"),
+        ]));
         list.push(json!({
             "id": record.id,
             "time": record.time,
@@ -82,9 +79,13 @@ pub async fn run(config: &Config, store: &dyn Store) -> Result<Answer, Error> {
         }));
     }
     Ok(Answer {
-        text,
+        text: rows.concat(),
         json: json!({ "snapshots": list }),
     })
+}
+
+fn row([id, time, files, size, stored, note]: [&str; 6]) -> String {
+    format!("{id:28}  {time:24}  {files:>8}  {size:>11}  {stored:>11}  {note}\n")
 }
 
 /// The head and what it follows; every other snapshot is a fork.

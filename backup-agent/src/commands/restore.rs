@@ -306,13 +306,12 @@ fn hold(state: &mut State, seen: Option<Seen>, claimer: Option<&str>) {
     if let Some(writer) = claimer {
         state.facts.writer = Some(writer.to_owned());
     }
-    match seen {
-        Some(seen) => state.facts.hold(seen),
-        None => {
-            state.facts.head = None;
-            state.facts.etag = None;
-            state.facts.is_fenced = false;
-        }
+    if let Some(seen) = seen {
+        state.facts.hold(seen);
+    } else {
+        state.facts.head = None;
+        state.facts.etag = None;
+        state.facts.is_fenced = false;
     }
 }
 

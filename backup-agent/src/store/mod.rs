@@ -112,7 +112,7 @@ pub fn open(config: &Config, bound: Duration) -> Result<Arc<dyn Store>, Error> {
             dir::Directory::new(path.join(&config.instance))
                 .map_err(Error::local("read", "random bytes"))?,
         ),
-        Location::S3 { .. } => Arc::new(s3::S3::new(&config.location, &config.instance, bound)?),
+        Location::S3(bucket) => Arc::new(s3::S3::new(bucket, &config.instance, bound)?),
     })
 }
 

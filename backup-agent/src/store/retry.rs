@@ -108,7 +108,7 @@ mod tests {
 
     #[test]
     fn what_is_transient_is_tried_eight_times_and_the_rest_once() {
-        let hour = Duration::from_secs(3600);
+        let hour = Duration::from_hours(1);
         assert_eq!(run(hour, || slow_down(None)), 8);
         assert_eq!(run(hour, || StoreError::NotFound), 1);
         assert_eq!(
@@ -123,7 +123,7 @@ mod tests {
 
     #[test]
     fn a_wish_to_wait_past_the_deadline_ends_it() {
-        let wish = Some(Duration::from_secs(60));
+        let wish = Some(Duration::from_mins(1));
         assert_eq!(run(Duration::from_secs(30), || slow_down(wish)), 1);
         assert_eq!(run(Duration::from_secs(90), || slow_down(wish)), 2);
     }

@@ -22,10 +22,10 @@ use super::{
     http::{Http, Response},
     retry::retry,
 };
-use crate::{config::Location, error::Error};
+use crate::{config, error::Error};
 
 /// Validity of a signature: longer than the longest attempt, shorter than anyone needs to replay it.
-const EXPIRY: Duration = Duration::from_secs(900);
+const EXPIRY: Duration = Duration::from_mins(15);
 /// Parts of one upload that are on their way at once. Two keep the line busy while the next part is compressed.
 const IN_FLIGHT: usize = 2;
 /// Largest answer that is not an object: a page of a listing has at most 1,000 keys of at most 1 KiB, each in XML.
@@ -49,31 +49,19 @@ struct Remote {
 
 impl S3 {
     /// A store below `<prefix>/<instance>/`; nothing is requested yet.
-    pub fn new(location: &Location, instance: &str, bound: Duration) -> Result<Self, Error> {
-        let Location::S3 {
-            bucket,
-            prefix,
-            endpoint,
-            virtual_host,
-            region,
-            access_key_id,
-            secret_access_key,
-            session_token,
-        } = location
-        else {
-            return Err(Error::Internal("choice of the store"));
-        };
-        let style = if *virtual_host {
+    pub fn new(place: &config::Bucket, instance: &str, bound: Duration) -> Result<Self, Error> {
+        let style = if place.is_virtual_host {
             UrlStyle::VirtualHost
         } else {
             UrlStyle::Path
         };
-        let bucket = Bucket::new(endpoint.clone(), style, bucket.clone(), region.clone())
+        let (name, region) = (place.name.clone(), place.region.clone());
+        let bucket = Bucket::new(place.endpoint.clone(), style, name, region)
             .map_err(|error| Error::Settings(vec![format!("cannot use RUNTIME_STORE: {error}")]))?;
-        let secret = secret_access_key.expose();
-        let credentials = match session_token {
-            Some(token) => Credentials::new_with_token(access_key_id, secret, token.expose()),
-            None => Credentials::new(access_key_id, secret),
+        let (id, secret) = (&place.access_key_id, place.secret_access_key.expose());
+        let credentials = match &place.session_token {
+            Some(token) => Credentials::new_with_token(id, secret, token.expose()),
+            None => Credentials::new(id, secret),
         };
         Ok(Self {
             remote: std::sync::Arc::new(Remote {
@@ -83,7 +71,7 @@ impl S3 {
                 // The clock of the operation starts with the store, give or take a millisecond.
                 deadline: deadline(bound),
             }),
-            prefix: format!("{prefix}{instance}/"),
+            prefix: format!("{}{instance}/", place.prefix),
             open: Mutex::default(),
         })
     }
@@ -146,7 +134,7 @@ impl Store for S3 {
                 let get = remote.bucket.get_object(Some(&remote.credentials), &object);
                 (get.sign(EXPIRY), HeaderMap::new())
             };
-            let (answer, _) = self
+            let (answer, ()) = self
                 .remote
                 .send(Method::GET, action, Bytes::new(), SMALL_OBJECT)
                 .await?;
@@ -473,7 +461,7 @@ fn checksum(bytes: &[u8]) -> String {
 fn deadline(bound: Duration) -> Instant {
     let now = Instant::now();
     now.checked_add(bound)
-        .unwrap_or_else(|| now + Duration::from_secs(365 * 24 * 3600))
+        .unwrap_or_else(|| now + Duration::from_hours(8760))
 }
 
 fn header_value(text: &str) -> Result<HeaderValue, StoreError> {

@@ -6,7 +6,7 @@
 
 use fast_glob::glob_match;
 
-/// Rebuilt by the gateway or by SQLite, or only true on the host they were made on. Everything here was seen to be missing
+/// Rebuilt by the gateway or by `SQLite`, or only true on the host they were made on. Everything here was seen to be missing
 /// after a restore without harm; upstream's own backup leaves the same out.
 const BUILT_IN: &[&str] = &[
     // The restore's own working directory, where the root is a mount point.
