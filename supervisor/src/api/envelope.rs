@@ -1,0 +1,141 @@
+//! The stable form of every answer, and the closed list of what can go wrong with a request.
+
+use http_body_util::Full;
+use hyper::body::Bytes;
+use hyper::header::{
+    ALLOW, CACHE_CONTROL, CONNECTION, CONTENT_TYPE, HeaderValue, RETRY_AFTER, WWW_AUTHENTICATE,
+};
+use hyper::{Response, StatusCode};
+use serde_json::{Value, json};
+
+use crate::agent::{Failure, code};
+
+pub type Answer = Response<Full<Bytes>>;
+
+/// Seconds after which trying again may help: about the start of a gateway, and a moment of a store's trouble.
+const GATEWAY_RETRY: &str = "5";
+const STORE_RETRY: &str = "30";
+
+/// A request that cannot be served. The sentence in it, if any, is for a person and free of secrets.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Problem {
+    InvalidRequest(&'static str),
+    Unauthorized,
+    NotFound,
+    /// With what is allowed.
+    MethodNotAllowed(&'static str),
+    UnknownRequest,
+    Fenced,
+    BackupDisabled,
+    GatewayUnavailable(String),
+    StoreUnavailable(String),
+    Timeout(String),
+    Internal(String),
+}
+
+impl Problem {
+    fn parts(&self) -> (StatusCode, &'static str, &str) {
+        match self {
+            Self::InvalidRequest(reason) => (StatusCode::BAD_REQUEST, "invalid_request", reason),
+            Self::Unauthorized => (
+                StatusCode::UNAUTHORIZED,
+                "unauthorized",
+                "a valid service token is required",
+            ),
+            Self::NotFound => (
+                StatusCode::NOT_FOUND,
+                "not_found",
+                "there is nothing at this path",
+            ),
+            Self::MethodNotAllowed(_) => (
+                StatusCode::METHOD_NOT_ALLOWED,
+                "method_not_allowed",
+                "this path does not take this method",
+            ),
+            Self::UnknownRequest => (
+                StatusCode::NOT_FOUND,
+                "unknown_request",
+                "the gateway knows no such pairing request",
+            ),
+            Self::Fenced => (
+                StatusCode::CONFLICT,
+                "fenced",
+                "another instance has taken over this store; this one takes no more backups",
+            ),
+            Self::BackupDisabled => (
+                StatusCode::CONFLICT,
+                "backup_disabled",
+                "no restore has succeeded yet, so a backup could hide good data",
+            ),
+            Self::GatewayUnavailable(reason) => (
+                StatusCode::SERVICE_UNAVAILABLE,
+                "gateway_unavailable",
+                reason,
+            ),
+            Self::StoreUnavailable(reason) => {
+                (StatusCode::SERVICE_UNAVAILABLE, "store_unavailable", reason)
+            }
+            Self::Timeout(reason) => (StatusCode::GATEWAY_TIMEOUT, "timeout", reason),
+            Self::Internal(reason) => (StatusCode::INTERNAL_SERVER_ERROR, "internal", reason),
+        }
+    }
+
+    pub fn answer(&self) -> Answer {
+        let (status, code, error) = self.parts();
+        let mut answer = json(
+            status,
+            &json!({ "ok": false, "error": error, "code": code }),
+        );
+        let headers = answer.headers_mut();
+        match self {
+            // Who has no token gets no connection to keep either.
+            Self::Unauthorized => {
+                headers.insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+                headers.insert(CONNECTION, HeaderValue::from_static("close"));
+            }
+            // What is left of its body is not read.
+            Self::InvalidRequest(_) => {
+                headers.insert(CONNECTION, HeaderValue::from_static("close"));
+            }
+            Self::MethodNotAllowed(allowed) => {
+                headers.insert(ALLOW, HeaderValue::from_static(allowed));
+            }
+            Self::GatewayUnavailable(_) => {
+                headers.insert(RETRY_AFTER, HeaderValue::from_static(GATEWAY_RETRY));
+            }
+            Self::StoreUnavailable(_) => {
+                headers.insert(RETRY_AFTER, HeaderValue::from_static(STORE_RETRY));
+            }
+            _ => {}
+        }
+        answer
+    }
+}
+
+impl From<Failure> for Problem {
+    /// What the agent's exit code means to a caller.
+    fn from(failure: Failure) -> Self {
+        match failure.code {
+            code::FENCED => Self::Fenced,
+            // Interrupted is: by our own shutdown. The next life takes the backup.
+            code::UNREACHABLE | code::INTERRUPTED => Self::StoreUnavailable(failure.error),
+            code::TIMEOUT => Self::Timeout(failure.error),
+            _ => Self::Internal(failure.error),
+        }
+    }
+}
+
+pub fn success(status: StatusCode, data: Value) -> Answer {
+    let mut envelope = json!({ "ok": true });
+    envelope["data"] = data;
+    json(status, &envelope)
+}
+
+fn json(status: StatusCode, body: &Value) -> Answer {
+    let mut answer = Response::new(Full::new(Bytes::from(body.to_string())));
+    *answer.status_mut() = status;
+    let headers = answer.headers_mut();
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    answer
+}

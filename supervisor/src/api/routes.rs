@@ -1,0 +1,255 @@
+//! Which request means what. The token comes before everything: a stranger learns nothing about paths or methods.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use http_body_util::{BodyExt as _, Limited};
+use hyper::body::{Body as _, Incoming};
+use hyper::{Method, Request, StatusCode};
+use serde_json::json;
+use tokio::sync::{oneshot, watch};
+use tokio::time::{Instant, timeout};
+
+use super::auth;
+use super::devices::{self, Approvals};
+use super::envelope::{Answer, Problem, success};
+use crate::config::Config;
+use crate::log::log;
+use crate::owner::{Event, Events};
+use crate::status::Status;
+
+/// No request needs a body; one this small is read and forgotten.
+const MAX_BODY: u64 = 16 * 1024;
+
+const BODY_TIME_LIMIT: Duration = Duration::from_secs(10);
+
+/// For the owner's own answers: it never waits, so this is only missed when something is broken.
+const OWNER_TIME_LIMIT: Duration = Duration::from_secs(5);
+
+/// Beyond the agent's own bound: its backstop and the exit.
+const BACKUP_SLACK: Duration = Duration::from_secs(20);
+
+pub struct Context {
+    pub config: Arc<Config>,
+    pub status: watch::Receiver<Status>,
+    pub events: Events,
+    pub approvals: Approvals,
+    pub booted: Instant,
+}
+
+#[derive(Debug, PartialEq, Eq)]
+enum Route {
+    Status,
+    Restart,
+    Backup,
+    Devices,
+    /// With the request id.
+    Approve(String),
+}
+
+pub async fn handle(context: Arc<Context>, request: Request<Incoming>) -> Answer {
+    match answer(&context, request).await {
+        Ok(answer) => answer,
+        Err(problem) => problem.answer(),
+    }
+}
+
+async fn answer(context: &Context, request: Request<Incoming>) -> Result<Answer, Problem> {
+    if !auth::is_authorized(request.headers(), &context.config.service_token) {
+        log!(Warn, "request without a valid token");
+        return Err(Problem::Unauthorized);
+    }
+    let route = route(request.uri().path())?;
+    let allowed = match route {
+        Route::Status | Route::Devices => Method::GET,
+        Route::Restart | Route::Backup | Route::Approve(_) => Method::POST,
+    };
+    if request.method() != allowed {
+        let allow = if allowed == Method::GET {
+            "GET"
+        } else {
+            "POST"
+        };
+        return Err(Problem::MethodNotAllowed(allow));
+    }
+    discard_body(request.into_body()).await?;
+    let config = &context.config;
+    match route {
+        Route::Status => {
+            let status = context.status.borrow().clone();
+            let data = status.render(config, context.booted.elapsed().as_secs());
+            Ok(success(StatusCode::OK, data))
+        }
+        Route::Restart => {
+            let generation = ask(context, Event::Restart, OWNER_TIME_LIMIT).await??;
+            let data = json!({ "message": "restarting", "generation": generation });
+            Ok(success(StatusCode::ACCEPTED, data))
+        }
+        Route::Backup => {
+            // It may have to wait for a scheduled run before its own.
+            let limit = 2 * (config.backup_timeout + BACKUP_SLACK);
+            let data = ask(context, Event::Backup, limit).await??;
+            Ok(success(StatusCode::OK, data))
+        }
+        Route::Devices => {
+            must_run(context)?;
+            Ok(success(StatusCode::OK, devices::list(config).await?))
+        }
+        Route::Approve(request) => {
+            must_run(context)?;
+            let data = devices::approve(config, &context.approvals, &request).await?;
+            Ok(success(StatusCode::OK, data))
+        }
+    }
+}
+
+/// Sends the owner a command and waits for its answer, within a bound.
+async fn ask<T>(
+    context: &Context,
+    command: impl FnOnce(oneshot::Sender<T>) -> Event,
+    limit: Duration,
+) -> Result<T, Problem> {
+    let (reply, answer) = oneshot::channel();
+    let is_gone = || Problem::GatewayUnavailable("the runtime is shutting down".to_owned());
+    context.events.send(command(reply)).map_err(|_| is_gone())?;
+    match timeout(limit, answer).await {
+        Ok(answer) => answer.map_err(|_| is_gone()),
+        Err(_) => Err(Problem::Timeout(
+            "the operation did not finish in time".to_owned(),
+        )),
+    }
+}
+
+fn must_run(context: &Context) -> Result<(), Problem> {
+    match context.status.borrow().gateway {
+        "running" => Ok(()),
+        status => Err(Problem::GatewayUnavailable(format!(
+            "the gateway is not running but {status}"
+        ))),
+    }
+}
+
+async fn discard_body(body: Incoming) -> Result<(), Problem> {
+    const TOO_LARGE: Problem = Problem::InvalidRequest("the body is larger than 16 KiB");
+    if body.size_hint().lower() > MAX_BODY {
+        return Err(TOO_LARGE);
+    }
+    let limit = usize::try_from(MAX_BODY).expect("16 KiB fit");
+    match timeout(BODY_TIME_LIMIT, Limited::new(body, limit).collect()).await {
+        Ok(Ok(_)) => Ok(()),
+        Ok(Err(error)) if error.is::<http_body_util::LengthLimitError>() => Err(TOO_LARGE),
+        Ok(Err(_)) => Err(Problem::InvalidRequest("the body is malformed")),
+        Err(_) => Err(Problem::InvalidRequest("the body did not arrive in time")),
+    }
+}
+
+fn route(path: &str) -> Result<Route, Problem> {
+    if !path.starts_with('/') || !is_well_escaped(path) {
+        return Err(Problem::InvalidRequest("the path is malformed"));
+    }
+    match path {
+        "/v1/status" => Ok(Route::Status),
+        "/v1/restart" => Ok(Route::Restart),
+        "/v1/backup" => Ok(Route::Backup),
+        "/v1/devices" => Ok(Route::Devices),
+        _ => path
+            .strip_prefix("/v1/devices/")
+            .and_then(|rest| rest.strip_suffix("/approve"))
+            .filter(|id| !id.contains('/'))
+            .ok_or(Problem::NotFound)
+            .and_then(request_id)
+            .map(Route::Approve),
+    }
+}
+
+fn is_well_escaped(path: &str) -> bool {
+    path.split('%').skip(1).all(|rest| {
+        let digits = rest.as_bytes().get(..2);
+        digits.is_some_and(|digits| digits.iter().all(u8::is_ascii_hexdigit))
+    })
+}
+
+/// The escapes in `segment`, which are well formed, are decoded: clients may escape the colon.
+fn request_id(segment: &str) -> Result<String, Problem> {
+    let mut parts = segment.split('%');
+    let mut id = parts.next().unwrap_or_default().to_owned();
+    for part in parts {
+        let (digits, rest) = part.split_at(2);
+        let byte = u8::from_str_radix(digits, 16).unwrap_or_default();
+        id.push(char::from(byte));
+        id.push_str(rest);
+    }
+    let fits = |c: char| c.is_ascii_alphanumeric() || "._:-".contains(c);
+    if (1..=128).contains(&id.len()) && id.chars().all(fits) {
+        Ok(id)
+    } else {
+        Err(Problem::InvalidRequest(
+            "a request id has 1 to 128 letters, digits, dots, underscores, colons and dashes",
+        ))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paths_are_taken_literally() {
+        assert_eq!(route("/v1/status"), Ok(Route::Status));
+        for path in [
+            "/",
+            "/v1",
+            "/v1/",
+            "/v1/status/",
+            "/v1//status",
+            "/V1/status",
+            "/v1/stat%75s",
+            "/v2/status",
+            "/v1/devices/",
+            "/v1/devices/x",
+            "/v1/devices/x/",
+            "/v1/devices/x/approve/",
+            "/v1/devices/x/y/approve",
+            "/v1/devices/approve",
+        ] {
+            assert_eq!(route(path), Err(Problem::NotFound), "{path}");
+        }
+        for path in [
+            "",
+            "*",
+            "v1/status",
+            "/v1/%",
+            "/v1/%4",
+            "/v1/%zz",
+            "/v1/status%",
+        ] {
+            assert!(
+                matches!(route(path), Err(Problem::InvalidRequest(_))),
+                "{path}"
+            );
+        }
+    }
+
+    #[test]
+    fn request_ids_are_decoded_once_and_checked() {
+        let id = |segment: &str| route(&format!("/v1/devices/{segment}/approve"));
+        assert_eq!(id("a.B_9:-"), Ok(Route::Approve("a.B_9:-".into())));
+        assert_eq!(id("a%3Ab"), Ok(Route::Approve("a:b".into())));
+        assert!(id(&"x".repeat(128)).is_ok());
+        for segment in [
+            "",
+            "a%2fb",
+            "a%00",
+            "a%20b",
+            "a%253A",
+            "%c3%a9",
+            "a b",
+            &"x".repeat(129),
+        ] {
+            assert!(
+                matches!(id(segment), Err(Problem::InvalidRequest(_))),
+                "{segment}"
+            );
+        }
+    }
+}

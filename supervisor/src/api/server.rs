@@ -1,0 +1,124 @@
+//! Takes connections and bounds them: how many, how long a request head may take, how large it may be.
+//!
+//! Invariant: no connection and no request ends the process. A handler runs in a task of its own, so a panic in one is
+//! a 500 (releases unwind, see the workspace's profile); an `accept` that fails is logged and waited out.
+
+use std::convert::Infallible;
+use std::sync::Arc;
+use std::time::Duration;
+
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::time::{sleep, timeout};
+
+use super::envelope::Problem;
+use super::routes::{self, Context};
+use crate::log::log;
+
+/// More wait in the kernel's queue. The orchestrator needs one.
+const MAX_CONNECTIONS: usize = 128;
+
+/// For the head of a request, and between two of them: idle and slow connections go.
+const HEAD_TIME_LIMIT: Duration = Duration::from_secs(10);
+
+/// hyper's smallest. Heads beyond it get its 431.
+const BUFFER: usize = 8 * 1024;
+const MAX_HEADERS: usize = 64;
+
+/// Longest life of a connection, so that one whose peer reads nothing goes too. Long enough for the slowest backup.
+const MAX_LIFE: Duration = Duration::from_hours(1);
+
+/// When `accept` fails it is mostly for lack of descriptors: others have to end first.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// For answers under way when the process is done.
+const DRAIN: Duration = Duration::from_millis(500);
+
+pub struct Server {
+    places: Arc<Semaphore>,
+    closing: watch::Sender<()>,
+}
+
+impl Server {
+    /// Serves in the background from now on.
+    pub fn start(listener: TcpListener, context: Arc<Context>) -> Self {
+        let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+        let closing = watch::Sender::new(());
+        tokio::spawn(accept(listener, context, places.clone(), closing.clone()));
+        Self { places, closing }
+    }
+
+    /// Lets answers under way leave, within a moment.
+    pub async fn drain(self) {
+        self.closing.send_replace(());
+        let all = u32::try_from(MAX_CONNECTIONS).expect("is small");
+        let _ = timeout(DRAIN, self.places.acquire_many(all)).await;
+    }
+}
+
+async fn accept(
+    listener: TcpListener,
+    context: Arc<Context>,
+    places: Arc<Semaphore>,
+    closing: watch::Sender<()>,
+) {
+    let mut closed = closing.subscribe();
+    while let Ok(place) = places.clone().acquire_owned().await {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            _ = closed.changed() => return,
+        };
+        match accepted {
+            Ok((stream, _)) => {
+                tokio::spawn(serve(stream, context.clone(), closing.subscribe(), place));
+            }
+            Err(error) => {
+                log!(
+                    Error,
+                    "cannot accept a connection",
+                    reason = error.to_string()
+                );
+                sleep(ACCEPT_PAUSE).await;
+            }
+        }
+    }
+}
+
+async fn serve(
+    stream: TcpStream,
+    context: Arc<Context>,
+    mut closing: watch::Receiver<()>,
+    _place: OwnedSemaphorePermit,
+) {
+    // Answers are single small writes; waiting to merge them only delays.
+    let _ = stream.set_nodelay(true);
+    let service = service_fn(move |request| {
+        let handler = tokio::spawn(routes::handle(context.clone(), request));
+        async move {
+            let answer = handler.await.unwrap_or_else(|_| {
+                Problem::Internal("the request met a bug in the runtime".to_owned()).answer()
+            });
+            Ok::<_, Infallible>(answer)
+        }
+    });
+    let connection = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEAD_TIME_LIMIT)
+        .max_buf_size(BUFFER)
+        .max_headers(MAX_HEADERS)
+        .serve_connection(TokioIo::new(stream), service);
+    let mut connection = std::pin::pin!(connection);
+    // Broken connections are the peer's business: nothing of them is logged.
+    tokio::select! {
+        _ = connection.as_mut() => {}
+        // Published once, when we close.
+        _ = closing.changed() => {
+            connection.as_mut().graceful_shutdown();
+            let _ = connection.await;
+        }
+        () = sleep(MAX_LIFE) => {}
+    }
+}

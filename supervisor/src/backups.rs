@@ -1,0 +1,243 @@
+//! When a backup runs, and who waits for it. Pure: the owner starts the runs, time is an argument.
+//!
+//! Invariants: at most one run at a time (single flight); none at all before a restore has succeeded or the store is known
+//! to be empty; none after another writer has taken the head.
+
+use std::time::Duration;
+
+use crate::agent::Verb;
+use crate::clock::Moment;
+use crate::gateway::backoff::spread;
+
+/// `R` is whom to answer.
+#[derive(Debug)]
+pub struct Backups<R> {
+    mode: Mode,
+    interval: Duration,
+    running: bool,
+    /// Whom the run under way answers. They all asked before it began, or while another call's run was under way.
+    waiting: Vec<R>,
+    /// Asked while a scheduled run was under way, which may have passed what they want saved: theirs is the next.
+    queued: Vec<R>,
+    /// The last one of this life, taken when the gateway is down.
+    last: Last,
+    next: Option<Moment>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Mode {
+    Disabled,
+    Enabled(Verb),
+    Fenced,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Last {
+    NotDue,
+    Due,
+    Begun,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Refusal {
+    Disabled,
+    Fenced,
+}
+
+impl<R> Backups<R> {
+    pub fn new(interval: Duration) -> Self {
+        Self {
+            mode: Mode::Disabled,
+            interval,
+            running: false,
+            waiting: Vec::new(),
+            queued: Vec::new(),
+            last: Last::NotDue,
+            next: None,
+        }
+    }
+
+    /// After a restore, with what to run from now on.
+    pub fn enable(&mut self, verb: Verb, now: Moment, jitter: f64) {
+        self.mode = Mode::Enabled(verb);
+        self.schedule(now, jitter);
+    }
+
+    /// Another writer has the head: for good, until the next boot decides anew.
+    pub fn fence(&mut self) {
+        self.mode = Mode::Fenced;
+        self.next = None;
+    }
+
+    /// A call. Whoever is refused is handed back.
+    pub fn ask(&mut self, reply: R) -> Result<(), (R, Refusal)> {
+        match self.mode {
+            Mode::Disabled => return Err((reply, Refusal::Disabled)),
+            Mode::Fenced => return Err((reply, Refusal::Fenced)),
+            Mode::Enabled(_) => {}
+        }
+        if self.running && !self.waiting.is_empty() && self.last != Last::Due {
+            self.waiting.push(reply);
+        } else {
+            self.queued.push(reply);
+        }
+        Ok(())
+    }
+
+    /// Asks for the final snapshot.
+    pub fn ask_last(&mut self) {
+        self.last = Last::Due;
+        self.next = None;
+    }
+
+    /// What to start now, if anything.
+    pub fn begin(&mut self, now: Moment) -> Option<Verb> {
+        let Mode::Enabled(verb) = self.mode else {
+            return None;
+        };
+        let is_due = self.next.is_some_and(|next| now >= next);
+        if self.running || !(is_due || self.last == Last::Due || !self.queued.is_empty()) {
+            return None;
+        }
+        if self.last == Last::Due {
+            self.last = Last::Begun;
+        }
+        self.running = true;
+        self.next = None;
+        self.waiting.append(&mut self.queued);
+        Some(verb)
+    }
+
+    /// A run has ended; returns whom to tell. Follow it with `begin`: more may have been asked meanwhile.
+    pub fn end(&mut self, now: Moment, jitter: f64) -> Vec<R> {
+        self.running = false;
+        self.schedule(now, jitter);
+        let mut told = std::mem::take(&mut self.waiting);
+        if self.mode == Mode::Fenced {
+            told.append(&mut self.queued);
+        }
+        told
+    }
+
+    /// Whether nothing runs and nothing more will: the last snapshot is taken, or never to be.
+    pub fn is_over(&self) -> bool {
+        !self.running && (self.last != Last::Due || !matches!(self.mode, Mode::Enabled(_)))
+    }
+
+    pub fn is_running(&self) -> bool {
+        self.running
+    }
+
+    /// When the next periodic run is due.
+    pub fn next(&self) -> Option<Moment> {
+        self.next
+    }
+
+    /// `backup.status` of the API.
+    pub fn word(&self) -> &'static str {
+        match self.mode {
+            Mode::Disabled => "disabled",
+            Mode::Fenced => "fenced",
+            Mode::Enabled(_) if self.running => "running",
+            Mode::Enabled(_) => "idle",
+        }
+    }
+
+    fn schedule(&mut self, now: Moment, jitter: f64) {
+        let is_on = matches!(self.mode, Mode::Enabled(_))
+            && self.last == Last::NotDue
+            && !self.interval.is_zero();
+        self.next = is_on.then(|| now + spread(self.interval, jitter));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MINUTE: Duration = Duration::from_mins(1);
+
+    fn enabled() -> Backups<u8> {
+        let mut backups = Backups::new(MINUTE);
+        backups.enable(Verb::Backup, Duration::ZERO, 0.5);
+        backups
+    }
+
+    #[test]
+    fn nothing_runs_before_a_restore() {
+        let mut backups = Backups::new(MINUTE);
+        assert_eq!(backups.word(), "disabled");
+        assert_eq!(backups.ask(1), Err((1, Refusal::Disabled)));
+        assert_eq!(backups.begin(MINUTE * 10), None);
+        backups.ask_last();
+        assert_eq!(backups.begin(MINUTE * 10), None);
+        assert!(backups.is_over());
+    }
+
+    #[test]
+    fn the_schedule_starts_a_run_and_the_next_counts_from_its_end() {
+        let mut backups = enabled();
+        assert_eq!(backups.begin(Duration::from_millis(59_999)), None);
+        assert_eq!(backups.begin(MINUTE), Some(Verb::Backup));
+        assert_eq!((backups.word(), backups.next()), ("running", None));
+        assert_eq!(backups.begin(MINUTE * 5), None);
+        assert!(backups.end(MINUTE * 5, 0.5).is_empty());
+        assert_eq!((backups.word(), backups.next()), ("idle", Some(MINUTE * 6)));
+    }
+
+    #[test]
+    fn calls_at_once_share_one_run() {
+        let mut backups = enabled();
+        backups.ask(1).expect("is enabled");
+        assert_eq!(backups.begin(Duration::ZERO), Some(Verb::Backup));
+        backups.ask(2).expect("is enabled");
+        assert_eq!(backups.begin(Duration::ZERO), None);
+        assert_eq!(backups.end(Duration::ZERO, 0.5), [1, 2]);
+        assert_eq!(backups.begin(Duration::ZERO), None);
+    }
+
+    #[test]
+    fn a_call_during_a_scheduled_run_gets_a_run_of_its_own() {
+        let mut backups = enabled();
+        assert_eq!(backups.begin(MINUTE), Some(Verb::Backup));
+        backups.ask(1).expect("is enabled");
+        assert!(backups.end(MINUTE, 0.5).is_empty());
+        assert_eq!(backups.begin(MINUTE), Some(Verb::Backup));
+        assert_eq!(backups.end(MINUTE, 0.5), [1]);
+    }
+
+    #[test]
+    fn the_last_snapshot_follows_a_run_that_began_before_the_gateway_stopped() {
+        let mut backups = enabled();
+        assert_eq!(backups.begin(MINUTE), Some(Verb::Backup));
+        backups.ask_last();
+        assert!(!backups.is_over());
+        backups.end(MINUTE, 0.5);
+        assert!(!backups.is_over());
+        assert_eq!(backups.begin(MINUTE), Some(Verb::Backup));
+        backups.end(MINUTE, 0.5);
+        assert!(backups.is_over());
+        assert_eq!(backups.next(), None);
+    }
+
+    #[test]
+    fn a_fence_ends_it_and_tells_everyone() {
+        let mut backups = enabled();
+        assert_eq!(backups.begin(MINUTE), Some(Verb::Backup));
+        backups.ask(1).expect("is enabled");
+        backups.fence();
+        assert_eq!(backups.end(MINUTE, 0.5), [1]);
+        assert_eq!(backups.ask(2), Err((2, Refusal::Fenced)));
+        assert_eq!(backups.begin(MINUTE * 9), None);
+        assert_eq!(backups.word(), "fenced");
+    }
+
+    #[test]
+    fn an_interval_of_zero_runs_on_request_only() {
+        let mut backups = Backups::new(Duration::ZERO);
+        backups.enable(Verb::Fork, Duration::ZERO, 0.5);
+        assert_eq!((backups.next(), backups.begin(MINUTE)), (None, None));
+        backups.ask(1).expect("is enabled");
+        assert_eq!(backups.begin(MINUTE), Some(Verb::Fork));
+    }
+}

@@ -1,0 +1,349 @@
+//! Settings: the environment becomes one `Config`, or every setting that is wrong is reported at once.
+//!
+//! Whatever is read here was written by the operator and is trusted; it is checked for mistakes, not for attacks.
+//! The rule that keeps the runtime's secrets from the gateway is `gateway_environment`.
+
+mod reader;
+mod values;
+
+use std::ffi::{OsStr, OsString};
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use crate::error::SettingError;
+use crate::gateway::process::User;
+use crate::log::Level;
+use crate::secret::{Secret, Secrets};
+use reader::Reader;
+pub use values::{Limit, StoreKind};
+
+/// Where the image keeps the prepare script.
+const PREPARE: &str = "/usr/local/lib/openclaw-runtime/prepare.mjs";
+
+/// What `execvp` needs when whoever started us set no `PATH`.
+const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// Marks of another service manager: with one of them the gateway would hand its restarts to that one instead of us.
+const UNSET: [&str; 5] = [
+    "INVOCATION_ID",
+    "JOURNAL_STREAM",
+    "SYSTEMD_EXEC_PID",
+    "OPENCLAW_SYSTEMD_UNIT",
+    "OPENCLAW_NO_RESPAWN",
+];
+
+/// The agent is never given these: it needs neither.
+const NOT_FOR_THE_AGENT: [&str; 5] = [
+    "RUNTIME_SERVICE_TOKEN",
+    "RUNTIME_SERVICE_TOKEN_FILE",
+    "RUNTIME_GATEWAY_TOKEN",
+    "RUNTIME_GATEWAY_TOKEN_FILE",
+    "RUNTIME_BOOT_ID",
+];
+
+#[derive(Debug)]
+pub struct Config {
+    pub service_token: Secret,
+    pub listen: SocketAddr,
+    pub instance_id: String,
+    pub instance_type: Option<String>,
+    pub root: PathBuf,
+    pub store: StoreKind,
+    pub gateway_address: SocketAddr,
+    pub gateway_token: Secret,
+    pub user: User,
+    pub limits: Vec<Limit>,
+    pub command: Vec<OsString>,
+    pub gateway_environment: Vec<(OsString, OsString)>,
+    pub state_directory: PathBuf,
+    pub prepare: Option<PathBuf>,
+    pub startup_timeout: Duration,
+    pub stop_grace: Duration,
+    /// Zero: no periodic backups.
+    pub backup_interval: Duration,
+    pub backup_timeout: Duration,
+    pub restore_timeout: Duration,
+    pub hold: bool,
+    pub log: Level,
+    pub agent_environment: Vec<(OsString, OsString)>,
+    pub secrets: Secrets,
+    /// Names that begin with `RUNTIME_` and mean nothing.
+    pub unknown: Vec<String>,
+    /// Name and value of every setting as used, secrets redacted.
+    pub effective: Vec<(&'static str, String)>,
+}
+
+/// Every variable with its value, as `std::env::vars_os` gives them.
+pub type Variables = Vec<(OsString, OsString)>;
+
+impl Config {
+    /// Reads the settings. `command` is what follows `--`; empty means the default.
+    pub fn read(variables: &Variables, command: Vec<OsString>) -> Result<Self, Vec<SettingError>> {
+        let mut reader = Reader::new(variables);
+        let service_token = reader.secret("RUNTIME_SERVICE_TOKEN", values::service_token);
+        if service_token.is_none() {
+            reader.required("RUNTIME_SERVICE_TOKEN");
+        }
+        let listen = reader.value("RUNTIME_LISTEN", "0.0.0.0:8080", values::address);
+        let instance_id = reader.value("RUNTIME_INSTANCE_ID", "local", values::instance);
+        let instance_type = reader.optional("RUNTIME_INSTANCE_TYPE", values::word);
+        let (root, store) = read_places(&mut reader);
+        let user = reader.value(
+            "RUNTIME_GATEWAY_USER",
+            &values::default_user(),
+            values::user,
+        );
+        let gateway_address = reader.value(
+            "RUNTIME_GATEWAY_URL",
+            "http://127.0.0.1:18789",
+            values::gateway_url,
+        );
+        let gateway_token = reader
+            .secret("RUNTIME_GATEWAY_TOKEN", values::credential)
+            .or_else(|| inherited_gateway_token(variables))
+            .unwrap_or_else(|| Secret::new(hex(32)));
+        let prepare = if Path::new(PREPARE).is_file() {
+            Some(reader.value("RUNTIME_GATEWAY_PREPARE", PREPARE, values::file))
+        } else {
+            reader.optional("RUNTIME_GATEWAY_PREPARE", values::file)
+        };
+        let startup_timeout = reader.value("RUNTIME_STARTUP_TIMEOUT", "180s", values::positive);
+        let stop_grace = reader.value("RUNTIME_STOP_GRACE", "30s", values::duration);
+        let limits = reader.optional("RUNTIME_GATEWAY_LIMITS", values::limits);
+        let backup_interval = reader.value("RUNTIME_BACKUP_INTERVAL", "5m", values::interval);
+        let backup_timeout = reader.value("RUNTIME_BACKUP_TIMEOUT", "2m", values::positive);
+        let restore_timeout = reader.value("RUNTIME_RESTORE_TIMEOUT", "10m", values::positive);
+        let hold = reader.value("RUNTIME_ON_RESTORE_FAILURE", "hold", values::hold);
+        let log = reader.value("RUNTIME_LOG", "info", values::level);
+        check_what_is_for_the_agent(&mut reader);
+
+        let unknown = reader.unknown();
+        let (errors, effective, mut secrets) = reader.finish();
+        let Some(service_token) = service_token.filter(|_| errors.is_empty()) else {
+            return Err(errors);
+        };
+        secrets.push(gateway_token.clone());
+        let command = if command.is_empty() {
+            default_command(gateway_address)
+        } else {
+            command
+        };
+        Ok(Self {
+            gateway_environment: gateway_environment(variables, &root, &gateway_token),
+            agent_environment: agent_environment(variables, &hex(16)),
+            state_directory: state_directory(variables, &root),
+            service_token,
+            listen,
+            instance_id,
+            instance_type,
+            root,
+            store,
+            gateway_address,
+            gateway_token,
+            user,
+            limits: limits.unwrap_or_default(),
+            command,
+            prepare,
+            startup_timeout,
+            stop_grace,
+            backup_interval,
+            backup_timeout,
+            restore_timeout,
+            hold,
+            log,
+            secrets: Secrets(secrets),
+            unknown,
+            effective,
+        })
+    }
+}
+
+/// The root and the store, which must not be one inside the other.
+fn read_places(reader: &mut Reader<'_>) -> (PathBuf, StoreKind) {
+    let root = reader.value("RUNTIME_ROOT", "/data", values::directory);
+    let state = reader.value(
+        "RUNTIME_STATE",
+        "/var/lib/openclaw-runtime",
+        values::directory,
+    );
+    if state.starts_with(&root) {
+        let reason = "it must not be inside RUNTIME_ROOT, where the gateway could read it";
+        reader.refuse("RUNTIME_STATE", reason.into());
+    }
+    let default = format!("file://{}/store", state.display());
+    let store = reader.value("RUNTIME_STORE", &default, values::store);
+    if let StoreKind::File(path) = &store
+        && path.starts_with(&root)
+    {
+        let reason = "it must not be inside RUNTIME_ROOT, which it is to survive";
+        reader.refuse_once("RUNTIME_STORE", reason);
+    }
+    let endpoint = reader.optional("RUNTIME_S3_ENDPOINT", values::endpoint);
+    let region = reader.value("RUNTIME_S3_REGION", "auto", values::word);
+    let key = reader.secret("RUNTIME_S3_ACCESS_KEY_ID", values::credential);
+    let secret = reader.secret("RUNTIME_S3_SECRET_ACCESS_KEY", values::credential);
+    reader.secret("RUNTIME_S3_SESSION_TOKEN", values::credential);
+    if store == StoreKind::S3 {
+        if key.is_none() {
+            reader.required("RUNTIME_S3_ACCESS_KEY_ID");
+        }
+        if secret.is_none() {
+            reader.required("RUNTIME_S3_SECRET_ACCESS_KEY");
+        }
+        if endpoint.is_none() && region == "auto" {
+            let reason = "an s3:// store needs it, unless RUNTIME_S3_REGION names a region of AWS";
+            reader.refuse_once("RUNTIME_S3_ENDPOINT", reason);
+        }
+    }
+    (root, store)
+}
+
+/// We do not use these; mistakes in them are to be found before anything starts, not at the first backup.
+fn check_what_is_for_the_agent(reader: &mut Reader<'_>) {
+    reader.value("RUNTIME_MAX_PAUSE", "250ms", values::duration);
+    reader.optional("RUNTIME_STORE_UNFENCED", values::allow);
+    let retention = "last=24,hourly=24,daily=7,weekly=4";
+    reader.value("RUNTIME_RETENTION", retention, values::retention);
+    reader.optional("RUNTIME_EXCLUDE", values::patterns);
+}
+
+fn default_command(gateway: SocketAddr) -> Vec<OsString> {
+    let port = gateway.port().to_string();
+    [
+        "openclaw",
+        "gateway",
+        "run",
+        "--port",
+        &port,
+        "--bind",
+        "loopback",
+        "--allow-unconfigured",
+    ]
+    .map(OsString::from)
+    .to_vec()
+}
+
+fn lookup<'a>(variables: &'a Variables, name: &str) -> Option<&'a OsStr> {
+    variables
+        .iter()
+        .find(|(key, value)| key == name && !value.is_empty())
+        .map(|(_, value)| value.as_os_str())
+}
+
+fn inherited_gateway_token(variables: &Variables) -> Option<Secret> {
+    let token = lookup(variables, "OPENCLAW_GATEWAY_TOKEN")?.to_str()?;
+    Some(Secret::new(token.to_owned()))
+}
+
+/// The gateway's state: `OPENCLAW_STATE_DIR`, or `.openclaw` in its home.
+fn state_directory(variables: &Variables, root: &Path) -> PathBuf {
+    lookup(variables, "OPENCLAW_STATE_DIR")
+        .map(PathBuf::from)
+        .filter(|path| path.is_absolute())
+        .unwrap_or_else(|| root.join(".openclaw"))
+}
+
+fn belongs_to_the_runtime(name: &OsStr) -> bool {
+    name.as_encoded_bytes().starts_with(b"RUNTIME_")
+}
+
+/// Everything but `RUNTIME_*`, with its home, a `PATH` and what tells it who supervises.
+fn gateway_environment(variables: &Variables, root: &Path, token: &Secret) -> Variables {
+    let own: [(&str, &OsStr); 3] = [
+        ("HOME", root.as_os_str()),
+        ("OPENCLAW_SUPERVISOR_MODE", OsStr::new("external")),
+        ("OPENCLAW_GATEWAY_TOKEN", OsStr::new(token.expose())),
+    ];
+    let mut environment: Variables = variables
+        .iter()
+        .filter(|(name, _)| {
+            !belongs_to_the_runtime(name)
+                && !UNSET.iter().any(|unset| name == unset)
+                && !own.iter().any(|(own, _)| name == own)
+        })
+        .cloned()
+        .collect();
+    environment.extend(own.map(|(name, value)| (name.into(), value.into())));
+    if lookup(variables, "PATH").is_none() {
+        environment.retain(|(name, _)| name != "PATH");
+        environment.push(("PATH".into(), DEFAULT_PATH.into()));
+    }
+    environment
+}
+
+fn agent_environment(variables: &Variables, boot_id: &str) -> Variables {
+    let mut environment: Variables = variables
+        .iter()
+        .filter(|(name, _)| {
+            belongs_to_the_runtime(name) && !NOT_FOR_THE_AGENT.iter().any(|other| name == other)
+        })
+        .cloned()
+        .collect();
+    environment.push(("RUNTIME_BOOT_ID".into(), boot_id.into()));
+    environment
+}
+
+/// `bytes` random bytes in hex.
+fn hex(bytes: usize) -> String {
+    use std::fmt::Write as _;
+
+    let mut random = vec![0; bytes];
+    getrandom::fill(&mut random).expect("the kernel has random bytes for everyone");
+    random.iter().fold(String::new(), |mut text, byte| {
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn variables(pairs: &[(&str, &str)]) -> Variables {
+        pairs
+            .iter()
+            .map(|(name, value)| (name.into(), value.into()))
+            .collect()
+    }
+
+    #[test]
+    fn the_gateway_sees_everything_but_the_runtimes_settings() {
+        let given = variables(&[
+            ("RUNTIME_SERVICE_TOKEN", "s"),
+            ("RUNTIME_ANYTHING", "s"),
+            ("ANTHROPIC_API_KEY", "k"),
+            ("HOME", "/root"),
+            ("PATH", "/opt/bin"),
+            ("INVOCATION_ID", "1"),
+            ("OPENCLAW_NO_RESPAWN", "1"),
+            ("OPENCLAW_LOG", "x"),
+            ("OPENCLAW_GATEWAY_TOKEN", "old"),
+        ]);
+        let token = Secret::new("new".into());
+        let mut seen = gateway_environment(&given, Path::new("/data"), &token);
+        seen.sort();
+        let expected = variables(&[
+            ("ANTHROPIC_API_KEY", "k"),
+            ("HOME", "/data"),
+            ("OPENCLAW_GATEWAY_TOKEN", "new"),
+            ("OPENCLAW_LOG", "x"),
+            ("OPENCLAW_SUPERVISOR_MODE", "external"),
+            ("PATH", "/opt/bin"),
+        ]);
+        assert_eq!(seen, expected);
+    }
+
+    #[test]
+    fn the_agent_sees_the_runtimes_settings_but_no_token_of_the_others() {
+        let given = variables(&[
+            ("RUNTIME_SERVICE_TOKEN", "s"),
+            ("RUNTIME_GATEWAY_TOKEN_FILE", "/run/t"),
+            ("RUNTIME_BOOT_ID", "from outside"),
+            ("RUNTIME_STORE", "s3://b"),
+            ("PATH", "/bin"),
+        ]);
+        let expected = variables(&[("RUNTIME_STORE", "s3://b"), ("RUNTIME_BOOT_ID", "id")]);
+        assert_eq!(agent_environment(&given, "id"), expected);
+    }
+}

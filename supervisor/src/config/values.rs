@@ -1,0 +1,384 @@
+//! What a value of each kind looks like, and the half sentence for one that does not.
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::{Component, Path, PathBuf};
+use std::time::Duration;
+
+use nix::sys::resource::Resource;
+
+use crate::gateway::process::User;
+use crate::log::Level;
+use crate::secret::MAX_TOKEN;
+
+/// Longer waits are mistakes, and would overflow clocks.
+const MAX_DURATION: Duration = Duration::from_hours(365 * 24);
+
+/// Backups more often than this would never let the machine rest.
+const MIN_INTERVAL: Duration = Duration::from_secs(1);
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum StoreKind {
+    S3,
+    File(PathBuf),
+}
+
+impl StoreKind {
+    pub fn word(&self) -> &'static str {
+        match self {
+            Self::S3 => "s3",
+            Self::File(_) => "file",
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limit {
+    pub resource: Resource,
+    pub value: u64,
+}
+
+pub fn service_token(text: &str) -> Result<(), String> {
+    if text.len() < 32 || text.len() > MAX_TOKEN {
+        return Err(format!("it must have 32 to {MAX_TOKEN} characters"));
+    }
+    credential(text)
+}
+
+pub fn credential(text: &str) -> Result<(), String> {
+    if !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_graphic()) {
+        Ok(())
+    } else {
+        Err("it must be printable ASCII without spaces".to_owned())
+    }
+}
+
+pub fn address(text: &str) -> Result<SocketAddr, String> {
+    text.parse()
+        .map_err(|_| format!("{text:?} is not an address such as 0.0.0.0:8080"))
+}
+
+pub fn instance(text: &str) -> Result<String, String> {
+    let fits = (1..=63).contains(&text.len())
+        && text
+            .bytes()
+            .all(|byte| matches!(byte, b'a'..=b'z' | b'0'..=b'9' | b'-'));
+    if fits {
+        Ok(text.to_owned())
+    } else {
+        Err(format!(
+            "{text:?} is not 1 to 63 of lower-case letters, digits and dashes"
+        ))
+    }
+}
+
+pub fn word(text: &str) -> Result<String, String> {
+    if text.len() <= 64 && text.bytes().all(|byte| byte.is_ascii_graphic()) {
+        Ok(text.to_owned())
+    } else {
+        Err(format!(
+            "{text:?} is not one word of at most 64 ASCII characters"
+        ))
+    }
+}
+
+/// An absolute path of plain names, so that comparing two of them means something.
+pub fn directory(text: &str) -> Result<PathBuf, String> {
+    let path = Path::new(text);
+    let mut components = path.components();
+    let is_plain = components.next() == Some(Component::RootDir)
+        && components.clone().next().is_some()
+        && components.all(|component| matches!(component, Component::Normal(_)));
+    if is_plain {
+        Ok(path.components().collect())
+    } else {
+        Err(format!(
+            "{text:?} is not an absolute path of a directory below /, without \"..\""
+        ))
+    }
+}
+
+pub fn file(text: &str) -> Result<PathBuf, String> {
+    let path = directory(text)?;
+    if path.is_file() {
+        Ok(path)
+    } else {
+        Err(format!("there is no file {text:?}"))
+    }
+}
+
+pub fn store(text: &str) -> Result<StoreKind, String> {
+    if let Some(path) = text.strip_prefix("file://") {
+        return directory(path)
+            .map(StoreKind::File)
+            .map_err(|_| format!("{text:?} is not file:// and an absolute path"));
+    }
+    let bucket = text
+        .strip_prefix("s3://")
+        .map(|rest| rest.split('/').next().unwrap_or_default());
+    let fits = bucket.is_some_and(|bucket| {
+        (3..=63).contains(&bucket.len())
+            && bucket
+                .bytes()
+                .all(|byte| matches!(byte, b'a'..=b'z' | b'0'..=b'9' | b'-' | b'.'))
+    });
+    if fits {
+        Ok(StoreKind::S3)
+    } else {
+        Err(format!(
+            "{text:?} is neither s3://bucket/prefix nor file:///directory"
+        ))
+    }
+}
+
+pub fn endpoint(text: &str) -> Result<String, String> {
+    let rest = text
+        .strip_prefix("https://")
+        .or_else(|| text.strip_prefix("http://"));
+    match rest {
+        // Credentials in a URL would end up in logs.
+        Some(rest)
+            if !rest.is_empty() && rest.bytes().all(|b| b.is_ascii_graphic() && b != b'@') =>
+        {
+            Ok(text.to_owned())
+        }
+        _ => Err("it is not http:// or https:// and a host".to_owned()),
+    }
+}
+
+/// An IP address or `localhost`: a name would need a resolver, and the gateway listens on loopback only.
+pub fn gateway_url(text: &str) -> Result<SocketAddr, String> {
+    let authority = text
+        .strip_prefix("http://")
+        .map(|rest| rest.strip_suffix('/').unwrap_or(rest));
+    authority
+        .and_then(|authority| match authority.strip_prefix("localhost:") {
+            Some(port) => port
+                .parse()
+                .ok()
+                .map(|port| SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), port)),
+            None => authority.parse().ok(),
+        })
+        .ok_or_else(|| format!("{text:?} is not a URL such as http://127.0.0.1:18789"))
+}
+
+/// The user `openclaw` when there is one and we may change to it, else whoever we are.
+pub fn default_user() -> String {
+    let is_root = nix::unistd::geteuid().is_root();
+    if is_root && matches!(nix::unistd::User::from_name("openclaw"), Ok(Some(_))) {
+        "openclaw".to_owned()
+    } else {
+        User::caller().name
+    }
+}
+
+pub fn user(text: &str) -> Result<User, String> {
+    let user = User::find(text).ok_or_else(|| {
+        format!("{text:?} is neither a user of this system nor a number such as 1000 or 1000:1000")
+    })?;
+    let caller = User::caller();
+    if nix::unistd::geteuid().is_root() || user.uid == caller.uid {
+        Ok(user)
+    } else {
+        Err(format!(
+            "only root can run the gateway as {text:?}; this is {:?}",
+            caller.name
+        ))
+    }
+}
+
+pub fn duration(text: &str) -> Result<Duration, String> {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_lowercase());
+    let milliseconds = match &text[digits.len()..] {
+        "ms" => Some(1),
+        "s" => Some(1000),
+        "m" => Some(60_000),
+        "h" => Some(3_600_000),
+        "" if digits == "0" => Some(0),
+        _ => None,
+    };
+    let is_number = !digits.is_empty() && digits.bytes().all(|byte| byte.is_ascii_digit());
+    milliseconds
+        .filter(|_| is_number)
+        .and_then(|unit: u64| digits.parse::<u64>().ok()?.checked_mul(unit))
+        .map(Duration::from_millis)
+        .filter(|duration| *duration <= MAX_DURATION)
+        .ok_or_else(|| format!("{text:?} is not a duration such as 500ms, 30s, 5m or 2h"))
+}
+
+pub fn positive(text: &str) -> Result<Duration, String> {
+    match duration(text)? {
+        Duration::ZERO => Err("it must be longer than 0".to_owned()),
+        duration => Ok(duration),
+    }
+}
+
+pub fn interval(text: &str) -> Result<Duration, String> {
+    match duration(text)? {
+        duration if duration.is_zero() || duration >= MIN_INTERVAL => Ok(duration),
+        _ => Err("it must be 0 (off) or at least 1s".to_owned()),
+    }
+}
+
+pub fn hold(text: &str) -> Result<bool, String> {
+    match text {
+        "hold" => Ok(true),
+        "start" => Ok(false),
+        _ => Err(format!("{text:?} is neither hold nor start")),
+    }
+}
+
+pub fn allow(text: &str) -> Result<(), String> {
+    if text == "allow" {
+        Ok(())
+    } else {
+        Err(format!("{text:?} is not allow"))
+    }
+}
+
+pub fn limits(text: &str) -> Result<Vec<Limit>, String> {
+    let limit = |part: &str| {
+        let (name, value) = part.split_once('=')?;
+        let resource = match name {
+            "nofile" => Resource::RLIMIT_NOFILE,
+            "nproc" => Resource::RLIMIT_NPROC,
+            "as" => Resource::RLIMIT_AS,
+            _ => return None,
+        };
+        let value = quantity(value)?;
+        Some(Limit { resource, value })
+    };
+    text.split(',')
+        .map(limit)
+        .collect::<Option<_>>()
+        .ok_or_else(|| format!("{text:?} is not a list such as nofile=65536,nproc=4096,as=4G"))
+}
+
+/// A number, in powers of 1024 with K, M or G.
+fn quantity(text: &str) -> Option<u64> {
+    let (digits, unit) = match text.strip_suffix(['K', 'M', 'G']) {
+        Some(digits) if text.ends_with('K') => (digits, 1 << 10),
+        Some(digits) if text.ends_with('M') => (digits, 1 << 20),
+        Some(digits) => (digits, 1 << 30),
+        None => (text, 1),
+    };
+    digits.parse::<u64>().ok()?.checked_mul(unit)
+}
+
+pub fn retention(text: &str) -> Result<(), String> {
+    let is_rule = |part: &str| {
+        part.split_once('=').is_some_and(|(name, value)| {
+            matches!(name, "last" | "hourly" | "daily" | "weekly") && value.parse::<u32>().is_ok()
+        })
+    };
+    if text.split(',').all(is_rule) {
+        Ok(())
+    } else {
+        Err(format!(
+            "{text:?} is not a list such as last=24,hourly=24,daily=7,weekly=4"
+        ))
+    }
+}
+
+pub fn patterns(text: &str) -> Result<(), String> {
+    if text.split(',').all(|pattern| !pattern.trim().is_empty()) {
+        Ok(())
+    } else {
+        Err(format!("{text:?} has an empty pattern"))
+    }
+}
+
+pub fn level(text: &str) -> Result<Level, String> {
+    Level::ALL
+        .into_iter()
+        .find(|level| level.word() == text)
+        .ok_or_else(|| format!("{text:?} is none of error, warn, info and debug"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations() {
+        for (text, milliseconds) in [("500ms", 500), ("30s", 30_000), ("5m", 300_000), ("0", 0)] {
+            assert_eq!(duration(text), Ok(Duration::from_millis(milliseconds)));
+        }
+        for text in [
+            "",
+            "5",
+            "s",
+            "-1s",
+            "1.5s",
+            "1 s",
+            "5min",
+            "99999999999h",
+            "+5s",
+            "1d",
+        ] {
+            assert!(duration(text).is_err(), "{text:?}");
+        }
+    }
+
+    #[test]
+    fn limits_are_numbers_with_binary_units() {
+        let parsed = limits("nofile=65536,as=4G").expect("is well formed");
+        assert_eq!(parsed[0].value, 65_536);
+        assert_eq!(parsed[1].value, 4 << 30);
+        for text in [
+            "",
+            "nofile",
+            "nofile=",
+            "core=1",
+            "as=4T",
+            "nofile=1,",
+            "as=99999999999999G",
+        ] {
+            assert!(limits(text).is_err(), "{text:?}");
+        }
+    }
+
+    #[test]
+    fn directories_are_absolute_and_plain() {
+        assert_eq!(directory("/data/"), Ok(PathBuf::from("/data")));
+        for text in ["", "/", "data", "/data/../etc", "./data"] {
+            assert!(directory(text).is_err(), "{text:?}");
+        }
+    }
+
+    #[test]
+    fn stores() {
+        assert_eq!(store("s3://bucket/a/b"), Ok(StoreKind::S3));
+        assert_eq!(store("file:///x"), Ok(StoreKind::File("/x".into())));
+        for text in [
+            "",
+            "bucket",
+            "s3://",
+            "s3://B/x",
+            "file://x",
+            "file:///",
+            "https://x",
+        ] {
+            assert!(store(text).is_err(), "{text:?}");
+        }
+    }
+
+    #[test]
+    fn gateways_are_on_an_address() {
+        for text in [
+            "http://127.0.0.1:18789",
+            "http://localhost:18789/",
+            "http://[::1]:1",
+        ] {
+            assert!(gateway_url(text).is_ok(), "{text:?}");
+        }
+        for text in [
+            "",
+            "127.0.0.1:1",
+            "https://127.0.0.1:1",
+            "http://host:1",
+            "http://127.0.0.1",
+        ] {
+            assert!(gateway_url(text).is_err(), "{text:?}");
+        }
+    }
+}

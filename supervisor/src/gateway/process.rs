@@ -1,0 +1,159 @@
+//! Starts a program as the gateway's user, in a session of its own, with nothing of ours: no descriptor, signal mask,
+//! disposition, privilege or `RUNTIME_*` variable.
+
+use std::ffi::{CString, OsStr};
+use std::io;
+use std::os::unix::process::CommandExt as _;
+use std::process::{Command, Stdio};
+
+use nix::sys::prctl;
+use nix::sys::resource::setrlimit;
+use nix::sys::signal::Signal;
+use nix::unistd::{self, Gid, Uid};
+
+use crate::config::{Config, Limit};
+
+/// SIGRTMAX of Linux.
+const LAST_SIGNAL: libc::c_int = 64;
+
+/// The first descriptor after standard error.
+const FIRST_INHERITED: libc::c_int = 3;
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct User {
+    pub name: String,
+    pub uid: Uid,
+    pub gid: Gid,
+    pub groups: Vec<Gid>,
+}
+
+impl User {
+    /// By name, or by number with an optional group as in `1000:1000`.
+    pub fn find(text: &str) -> Option<Self> {
+        if let Ok(Some(user)) = unistd::User::from_name(text) {
+            return Some(user.into());
+        }
+        let (uid, gid) = match text.split_once(':') {
+            Some((uid, gid)) => (uid, Some(gid.parse().ok()?)),
+            None => (text, None),
+        };
+        let uid: u32 = uid.parse().ok()?;
+        let known = unistd::User::from_uid(Uid::from_raw(uid)).ok().flatten();
+        match (known, gid) {
+            (Some(user), None) => Some(user.into()),
+            (_, gid) => {
+                let gid = Gid::from_raw(gid.unwrap_or(uid));
+                Some(Self {
+                    name: text.to_owned(),
+                    uid: Uid::from_raw(uid),
+                    gid,
+                    groups: vec![gid],
+                })
+            }
+        }
+    }
+
+    pub fn caller() -> Self {
+        let uid = unistd::geteuid();
+        match unistd::User::from_uid(uid) {
+            Ok(Some(user)) => user.into(),
+            _ => Self {
+                name: uid.to_string(),
+                uid,
+                gid: unistd::getegid(),
+                groups: vec![unistd::getegid()],
+            },
+        }
+    }
+
+    /// Whether the gateway's processes can be told from ours by their user.
+    pub fn is_apart(&self) -> bool {
+        self.uid != unistd::geteuid()
+    }
+}
+
+impl From<unistd::User> for User {
+    fn from(user: unistd::User) -> Self {
+        let groups = CString::new(user.name.as_str())
+            .ok()
+            .and_then(|name| unistd::getgrouplist(&name, user.gid).ok());
+        Self {
+            groups: groups.unwrap_or_else(|| vec![user.gid]),
+            name: user.name,
+            uid: user.uid,
+            gid: user.gid,
+        }
+    }
+}
+
+/// `program` with `arguments`, set up as the gateway is. It is looked up in the `PATH` of the gateway's environment.
+pub fn command(config: &Config, program: &OsStr, arguments: &[impl AsRef<OsStr>]) -> Command {
+    let mut command = Command::new(program);
+    command
+        .args(arguments)
+        .env_clear()
+        .envs(
+            config
+                .gateway_environment
+                .iter()
+                .map(|(name, value)| (name, value)),
+        )
+        .current_dir(&config.root)
+        .stdin(Stdio::null());
+    isolate(&mut command, config.limits.clone(), config.user.clone());
+    command
+}
+
+/// The exit code that a shell reports for a program that cannot be executed.
+pub fn exec_failure_code(error: &io::Error) -> i32 {
+    match error.kind() {
+        io::ErrorKind::NotFound => 127,
+        _ => 126,
+    }
+}
+
+/// What happens in the child between fork and exec. This is the program's only unsafe code besides `waitpid`.
+#[allow(unsafe_code)]
+fn isolate(command: &mut Command, limits: Vec<Limit>, user: User) {
+    let is_root = unistd::geteuid().is_root();
+    let hook = move || {
+        for limit in &limits {
+            setrlimit(limit.resource, limit.value, limit.value)?;
+        }
+        if is_root {
+            unistd::setgroups(&user.groups)?;
+            unistd::setgid(user.gid)?;
+            unistd::setuid(user.uid)?;
+        }
+        unistd::setsid()?;
+        prctl::set_no_new_privs()?;
+        // Without a container around us nothing else would stop the gateway when we are killed.
+        prctl::set_pdeathsig(Signal::SIGTERM)?;
+        // Ignored signals would survive exec. The mask is emptied by `std` itself.
+        for signal in 1..=LAST_SIGNAL {
+            // SAFETY: SIG_DFL runs none of our code; SIGKILL, SIGSTOP and the two that libc keeps are refused, harmlessly.
+            unsafe { libc::signal(signal, libc::SIG_DFL) };
+        }
+        // Our descriptors are close-on-exec already; this is for those that we were started with.
+        // SAFETY: no memory is passed, and marked descriptors stay open until exec, so `std` can still report a failed one.
+        let is_done = unsafe {
+            libc::syscall(
+                libc::SYS_close_range,
+                FIRST_INHERITED,
+                libc::c_uint::MAX,
+                libc::CLOSE_RANGE_CLOEXEC,
+            )
+        } == 0;
+        if !is_done {
+            // Kernels before 5.11 and some sandboxes: one by one, as far as anyone opens descriptors before exec.
+            for descriptor in FIRST_INHERITED..1024 {
+                // SAFETY: on a descriptor that is not open this fails and changes nothing.
+                unsafe { libc::fcntl(descriptor, libc::F_SETFD, libc::FD_CLOEXEC) };
+            }
+        }
+        Ok(())
+    };
+    // SAFETY: between fork and exec the hook only makes system calls that are safe in a signal handler; it does not
+    // allocate, lock or unwind. Everything it reads was copied with the process.
+    unsafe { command.pre_exec(hook) };
+}

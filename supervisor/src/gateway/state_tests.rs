@@ -1,0 +1,229 @@
+//! The table of `state::next`, row by row.
+
+use super::*;
+
+const POLICY: Policy = Policy {
+    startup_timeout: Duration::from_mins(3),
+    stop_grace: Duration::from_secs(30),
+    hold: true,
+};
+
+/// Every row happens at this moment, without jitter.
+const NOW: Moment = Duration::from_secs(1000);
+
+const fn at(seconds: u64) -> Moment {
+    Duration::from_secs(seconds)
+}
+
+fn row(phase: Phase, event: Event) -> (Phase, Option<Action>) {
+    let (state, action) = next(prepared(phase, 0), event, NOW, 0.0, &POLICY);
+    (state.phase, action)
+}
+
+const fn prepared(phase: Phase, failures: u32) -> State {
+    State {
+        phase,
+        failures,
+        prepared: true,
+    }
+}
+
+const STARTING: Phase = Phase::Starting { until: at(1180) };
+const RUNNING: Phase = Phase::Running { since: at(990) };
+const BACKOFF: Phase = Phase::Backoff { until: at(1001) };
+const FAILED: Phase = Phase::Failed { until: at(1300) };
+const HELD: Phase = Phase::Held { until: at(1001) };
+const PREPARING: Phase = Phase::Preparing { until: at(1180) };
+
+const fn stopping(then: Then) -> Phase {
+    let until = at(1030);
+    Phase::Stopping { until, then }
+}
+
+const fn sweeping(then: Then) -> Phase {
+    Phase::Sweeping { then }
+}
+
+#[test]
+fn every_transition() {
+    use Action::{Ask, Finish, Restore, Spawn, Sweep, Terminate};
+    use Event::{Exited, Ready, Restart, RestoreFailed, Restored, Shutdown, Swept};
+    use Phase::{Down, Restoring};
+
+    #[rustfmt::skip]
+    let rows = [
+        (Restoring, Restored, STARTING, Some(Spawn)),
+        (Restoring, RestoreFailed, HELD, None),
+        (Restoring, Restart, Restoring, None),
+        (Restoring, Shutdown, Down, Some(Finish)),
+        (HELD, Restart, Restoring, Some(Restore)),
+        (HELD, Shutdown, Down, Some(Finish)),
+
+        (PREPARING, Exited(Some(0)), sweeping(Then::Start), Some(Sweep)),
+        (PREPARING, Exited(Some(1)), sweeping(Then::Wait), Some(Sweep)),
+        (PREPARING, Exited(Some(78)), sweeping(Then::Wait), Some(Sweep)),
+        (PREPARING, Restart, PREPARING, None),
+        (PREPARING, Shutdown, stopping(Then::Down), Some(Terminate)),
+
+        (STARTING, Ready, Phase::Running { since: NOW }, None),
+        (STARTING, Exited(Some(0)), sweeping(Then::Wait), Some(Sweep)),
+        (STARTING, Exited(Some(78)), sweeping(Then::GiveUp), Some(Sweep)),
+        (STARTING, Exited(None), sweeping(Then::Wait), Some(Sweep)),
+        (STARTING, Restart, STARTING, None),
+        (STARTING, Shutdown, stopping(Then::Down), Some(Terminate)),
+
+        (RUNNING, Exited(Some(0)), sweeping(Then::Start), Some(Sweep)),
+        (RUNNING, Exited(Some(1)), sweeping(Then::Wait), Some(Sweep)),
+        (RUNNING, Exited(Some(78)), sweeping(Then::GiveUp), Some(Sweep)),
+        (RUNNING, Exited(None), sweeping(Then::Wait), Some(Sweep)),
+        (RUNNING, Restart, stopping(Then::Start), Some(Ask)),
+        (RUNNING, Shutdown, stopping(Then::Down), Some(Ask)),
+        (RUNNING, Ready, RUNNING, None),
+
+        (stopping(Then::Start), Exited(None), sweeping(Then::Start), Some(Sweep)),
+        (stopping(Then::Start), Exited(Some(78)), sweeping(Then::Start), Some(Sweep)),
+        (stopping(Then::Start), Restart, stopping(Then::Start), None),
+        (stopping(Then::Start), Ready, stopping(Then::Start), None),
+        (stopping(Then::Start), Shutdown, stopping(Then::Down), None),
+        (stopping(Then::Wait), Restart, stopping(Then::Start), None),
+        (stopping(Then::Down), Restart, stopping(Then::Down), None),
+        (stopping(Then::Down), Exited(Some(0)), sweeping(Then::Down), Some(Sweep)),
+        (stopping(Then::Down), Shutdown, sweeping(Then::Down), Some(Sweep)),
+
+        (sweeping(Then::Start), Swept, STARTING, Some(Spawn)),
+        (sweeping(Then::GiveUp), Swept, FAILED, None),
+        (sweeping(Then::Down), Swept, Down, Some(Finish)),
+        (sweeping(Then::Wait), Restart, sweeping(Then::Start), None),
+        (sweeping(Then::GiveUp), Restart, sweeping(Then::Start), None),
+        (sweeping(Then::Down), Restart, sweeping(Then::Down), None),
+        (sweeping(Then::Start), Shutdown, sweeping(Then::Down), None),
+        (sweeping(Then::Start), Exited(None), sweeping(Then::Start), None),
+
+        (BACKOFF, Restart, STARTING, Some(Spawn)),
+        (BACKOFF, Shutdown, Down, Some(Finish)),
+        (FAILED, Restart, STARTING, Some(Spawn)),
+        (FAILED, Shutdown, Down, Some(Finish)),
+        (Down, Restart, Down, None),
+        (Down, Shutdown, Down, None),
+        (Down, Restored, Down, None),
+    ];
+    for (phase, event, expected, action) in rows {
+        assert_eq!(row(phase, event), (expected, action), "{phase:?} {event:?}");
+    }
+}
+
+#[test]
+fn nothing_happens_before_a_deadline_and_the_right_thing_at_it() {
+    use Action::{Restore, Spawn, Sweep, Terminate};
+
+    let rows = [
+        (HELD, Phase::Restoring, Restore),
+        (PREPARING, stopping(Then::Wait), Terminate),
+        (STARTING, stopping(Then::Wait), Terminate),
+        (stopping(Then::Start), sweeping(Then::Start), Sweep),
+        (stopping(Then::Down), sweeping(Then::Down), Sweep),
+        (BACKOFF, STARTING, Spawn),
+        (FAILED, STARTING, Spawn),
+    ];
+    for (phase, expected, action) in rows {
+        let state = prepared(phase, 0);
+        let due = state.deadline().expect("has one");
+        let early = due.saturating_sub(Duration::from_millis(1));
+        assert_eq!(next(state, Event::Tick, early, 0.0, &POLICY), (state, None));
+        let (state, done) = next(state, Event::Tick, due, 0.0, &POLICY);
+        assert_eq!(without_time(state.phase), without_time(expected));
+        assert_eq!(done, Some(action), "{phase:?}");
+    }
+    for phase in [Phase::Restoring, RUNNING, sweeping(Then::Wait), Phase::Down] {
+        assert_eq!(prepared(phase, 0).deadline(), None);
+        assert_eq!(row(phase, Event::Tick), (phase, None));
+    }
+}
+
+fn without_time(phase: Phase) -> Phase {
+    let until = Duration::ZERO;
+    match phase {
+        Phase::Stopping { then, .. } => Phase::Stopping { until, then },
+        Phase::Starting { .. } => Phase::Starting { until },
+        other => other,
+    }
+}
+
+#[test]
+fn crashes_in_a_row_wait_longer_and_longer() {
+    let mut state = prepared(STARTING, 0);
+    for milliseconds in [250, 500, 1000, 2000, 4000, 8000, 16_000, 30_000, 30_000] {
+        state = crash(state);
+        let until = NOW + Duration::from_millis(milliseconds);
+        assert_eq!(state.phase, Phase::Backoff { until });
+        let (started, _) = next(state, Event::Tick, until, 0.0, &POLICY);
+        state = State {
+            phase: STARTING,
+            ..started
+        };
+    }
+}
+
+#[test]
+fn a_minute_of_readiness_forgets_crashes_and_less_does_not() {
+    for (since, failures) in [(at(940), 1), (at(941), 6)] {
+        let state = crash(prepared(Phase::Running { since }, 5));
+        assert_eq!(state.failures, failures);
+    }
+}
+
+#[test]
+fn a_clean_exit_or_a_request_does_not_wait_after_crashes() {
+    let (state, _) = next(
+        prepared(RUNNING, 7),
+        Event::Exited(Some(0)),
+        NOW,
+        0.0,
+        &POLICY,
+    );
+    let (state, action) = next(state, Event::Swept, NOW, 0.0, &POLICY);
+    assert_eq!((state.phase, action), (STARTING, Some(Action::Spawn)));
+    let (state, _) = next(prepared(BACKOFF, 7), Event::Restart, NOW, 0.0, &POLICY);
+    assert_eq!(state.failures, 0);
+}
+
+#[test]
+fn the_prepare_step_runs_until_it_succeeds_and_then_no_more() {
+    let (state, action) = next(State::boot(true), Event::Restored, NOW, 0.0, &POLICY);
+    assert_eq!((state.phase, action), (PREPARING, Some(Action::Prepare)));
+    let failed = crash(state);
+    let (again, action) = next(failed, Event::Restart, NOW, 0.0, &POLICY);
+    assert_eq!((again.phase, action), (PREPARING, Some(Action::Prepare)));
+    let (swept, _) = next(again, Event::Exited(Some(0)), NOW, 0.0, &POLICY);
+    let (started, action) = next(swept, Event::Swept, NOW, 0.0, &POLICY);
+    assert_eq!((started.phase, action), (STARTING, Some(Action::Spawn)));
+    let (_, action) = next(crash(started), Event::Restart, NOW, 0.0, &POLICY);
+    assert_eq!(action, Some(Action::Spawn));
+}
+
+#[test]
+fn a_failed_restore_holds_unless_told_to_start() {
+    let mut state = State::boot(false);
+    for seconds in [1, 2, 4, 8, 16, 32, 60, 60] {
+        let (held, action) = next(state, Event::RestoreFailed, NOW, 0.0, &POLICY);
+        let until = NOW + at(seconds);
+        assert_eq!((held.phase, action), (Phase::Held { until }, None));
+        (state, _) = next(held, Event::Tick, until, 0.0, &POLICY);
+    }
+    // What failed until now were restores: the gateway begins with none.
+    let (state, _) = next(state, Event::Restored, NOW, 0.0, &POLICY);
+    assert_eq!(state.failures, 0);
+
+    let start = Policy {
+        hold: false,
+        ..POLICY
+    };
+    let (state, action) = next(State::boot(false), Event::RestoreFailed, NOW, 0.0, &start);
+    assert_eq!((state.phase, action), (STARTING, Some(Action::Spawn)));
+}
+
+fn crash(state: State) -> State {
+    let (state, action) = next(state, Event::Exited(Some(1)), NOW, 0.0, &POLICY);
+    assert_eq!(action, Some(Action::Sweep));
+    next(state, Event::Swept, NOW, 0.0, &POLICY).0
+}

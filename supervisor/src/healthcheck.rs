@@ -1,0 +1,35 @@
+//! `supervisor healthcheck`: asks the running one for its status, for Docker's HEALTHCHECK.
+//!
+//! Healthy is a supervisor that answers and whose gateway has not given up. One that restores, starts or backs off is
+//! healthy: replacing it would only lose time.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+
+use crate::config::Config;
+use crate::error::Error;
+use crate::gateway::probe;
+
+pub async fn check(config: &Config) -> Result<String, Error> {
+    let address = reachable(config.listen);
+    let unhealthy = |reason: String| Error::Unhealthy { address, reason };
+    let token = config.service_token.expose();
+    let header = format!("Authorization: Bearer {token}\r\n");
+    let (status, body) = probe::get(address, "/v1/status", &header)
+        .await
+        .map_err(|error| unhealthy(error.kind().to_string()))?;
+    match body["data"]["gateway"]["status"].as_str() {
+        Some("failed") => Err(unhealthy("the gateway has failed".to_owned())),
+        Some(gateway) if status == 200 => Ok(gateway.to_owned()),
+        _ => Err(unhealthy(format!("it answered {status}"))),
+    }
+}
+
+/// Listening on every address includes loopback.
+fn reachable(listen: SocketAddr) -> SocketAddr {
+    let ip = match listen.ip() {
+        IpAddr::V4(ip) if ip.is_unspecified() => IpAddr::V4(Ipv4Addr::LOCALHOST),
+        IpAddr::V6(ip) if ip.is_unspecified() => IpAddr::V6(Ipv6Addr::LOCALHOST),
+        ip => ip,
+    };
+    SocketAddr::new(ip, listen.port())
+}

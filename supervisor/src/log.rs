@@ -1,0 +1,101 @@
+//! Logs: one JSON object per line on standard error, one line per change of state.
+//!
+//! A message is constant; what varies is in the fields. A write that fails is dropped: PID 1 does not die of a full disk
+//! or a closed pipe. Nothing passed in here may hold a secret; text that others wrote goes through `Secrets::scrub` first.
+
+use std::io::Write as _;
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::time::SystemTime;
+
+use serde_json::Value;
+
+use crate::clock;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Level {
+    Error,
+    Warn,
+    Info,
+    Debug,
+}
+
+impl Level {
+    pub const ALL: [Self; 4] = [Self::Error, Self::Warn, Self::Info, Self::Debug];
+
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Error => "error",
+            Self::Warn => "warn",
+            Self::Info => "info",
+            Self::Debug => "debug",
+        }
+    }
+}
+
+static LEVEL: AtomicU8 = AtomicU8::new(Level::Info as u8);
+
+pub fn set_level(level: Level) {
+    LEVEL.store(level as u8, Ordering::Relaxed);
+}
+
+/// Writes one line. Use it through `log!`.
+pub fn write(level: Level, message: &'static str, fields: &[(&'static str, Value)]) {
+    if level as u8 > LEVEL.load(Ordering::Relaxed) {
+        return;
+    }
+    let line = line(SystemTime::now(), level, message, fields);
+    // One write per line, so that lines of other processes on the same pipe do not end up inside ours.
+    let _ = std::io::stderr().write_all(line.as_bytes());
+}
+
+fn line(
+    at: SystemTime,
+    level: Level,
+    message: &'static str,
+    fields: &[(&'static str, Value)],
+) -> String {
+    use std::fmt::Write as _;
+
+    let mut line = format!(
+        r#"{{"ts":"{}","level":"{}","msg":{}"#,
+        clock::rfc3339(at),
+        level.word(),
+        Value::from(message)
+    );
+    for (name, value) in fields {
+        let _ = write!(line, r#","{name}":{value}"#);
+    }
+    line.push_str("}\n");
+    line
+}
+
+/// `log!(Warn, "child exited", pid = 42)`
+macro_rules! log {
+    ($level:ident, $message:literal $(, $name:ident = $value:expr)* $(,)?) => {
+        $crate::log::write(
+            $crate::log::Level::$level,
+            $message,
+            &[$((stringify!($name), serde_json::Value::from($value))),*],
+        )
+    };
+}
+pub(crate) use log;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_is_one_json_object_in_a_fixed_order() {
+        let text = line(
+            SystemTime::UNIX_EPOCH,
+            Level::Warn,
+            "child exited",
+            &[("pid", 42.into()), ("signal", "a\n\"b".into())],
+        );
+        assert_eq!(
+            text,
+            "{\"ts\":\"1970-01-01T00:00:00.000Z\",\"level\":\"warn\",\"msg\":\"child exited\",\"pid\":42,\"signal\":\"a\\n\\\"b\"}\n"
+        );
+    }
+}

@@ -1,0 +1,61 @@
+//! Signals become bytes on sockets: the handlers do nothing else, and nothing is lost between boot and the event loop.
+//!
+//! SIGHUP is caught and ignored: it tells daemons to read their settings again, and ours are fixed at exec. (Caught, not
+//! set to ignore: children would inherit that.)
+
+use std::io;
+use std::os::unix::net::UnixStream;
+
+use signal_hook::consts::{SIGCHLD, SIGHUP, SIGINT, SIGTERM};
+use signal_hook::low_level::pipe;
+use tokio::io::AsyncReadExt as _;
+
+/// The reading ends, ready before anything else is.
+pub struct Signals {
+    children: UnixStream,
+    termination: UnixStream,
+}
+
+impl Signals {
+    /// To be called first in `main`.
+    pub fn register() -> io::Result<Self> {
+        let (children, wake) = UnixStream::pair()?;
+        pipe::register(SIGCHLD, wake)?;
+        let (termination, wake) = UnixStream::pair()?;
+        pipe::register(SIGTERM, wake.try_clone()?)?;
+        pipe::register(SIGINT, wake)?;
+        let (_, nobody) = UnixStream::pair()?;
+        pipe::register(SIGHUP, nobody)?;
+        Ok(Self {
+            children,
+            termination,
+        })
+    }
+
+    /// SIGCHLD, and SIGTERM or SIGINT.
+    pub fn listen(self) -> io::Result<(Wakeups, Wakeups)> {
+        Ok((
+            Wakeups::new(self.children)?,
+            Wakeups::new(self.termination)?,
+        ))
+    }
+}
+
+pub struct Wakeups(tokio::net::UnixStream);
+
+impl Wakeups {
+    fn new(stream: UnixStream) -> io::Result<Self> {
+        stream.set_nonblocking(true)?;
+        tokio::net::UnixStream::from_std(stream).map(Self)
+    }
+
+    /// Waits for a signal and says how many came. Signals of one kind merge in the kernel, so "at least" is meant.
+    pub async fn next(&mut self) -> usize {
+        let mut bytes = [0; 64];
+        match self.0.read(&mut bytes).await {
+            Ok(count) if count > 0 => count,
+            // The writing end lives in the handler, for ever; were it ever lost, waiting is better than a hot loop.
+            _ => std::future::pending().await,
+        }
+    }
+}
