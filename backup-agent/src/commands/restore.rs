@@ -104,8 +104,7 @@ async fn to_target(
     }
     let seen = head::read(store).await?;
     let record = choose(config, store, wanted, seen.as_ref()).await?;
-    let staging = Staging::new(&target, config.identity)?;
-    let done = unpack(config, store, state, &record, &staging).await?;
+    let (staging, done) = stage(config, store, state, &record, &target).await?;
     staging.put_in_place(&target)?;
     Ok(done)
 }
@@ -158,9 +157,9 @@ async fn to_root(
         }));
     }
 
-    let staging = Staging::new(&config.root, config.identity)?;
-    let done = unpack(config, store, state, &record, &staging).await?;
+    let (staging, done) = stage(config, store, state, &record, &config.root).await?;
     let Some(seen) = take_over(store, seen, &record, claimer).await? else {
+        staging.discard()?;
         return Ok(None);
     };
     state.forget_tree()?;
@@ -339,6 +338,29 @@ async fn is_there_already(config: &Config, state: &State, record: &Record) -> Re
         is_tree_same(&root, &excludes, index, &snapshot, Racy::Read)
     })
     .await?
+}
+
+/// Makes the whole tree of a snapshot beside `place`; nothing stays behind when that fails.
+async fn stage(
+    config: &Config,
+    store: &dyn Store,
+    state: &State,
+    record: &Record,
+    place: &Path,
+) -> Result<(Staging, Done), Error> {
+    let staging = Staging::new(place, config.identity)?;
+    match unpack(config, store, state, record, &staging).await {
+        Ok(done) => Ok((staging, done)),
+        Err(error) => {
+            if let Err(leftover) = staging.discard() {
+                log::warn(
+                    "a partial restore stays on the disk until the next one",
+                    &[("error", leftover.to_string().into())],
+                );
+            }
+            Err(error)
+        }
+    }
 }
 
 /// Downloads, checks and unpacks a snapshot.
