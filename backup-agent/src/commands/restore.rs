@@ -17,7 +17,7 @@ use tokio::sync::mpsc;
 use super::{Answer, claimed, human_bytes, trust};
 use crate::{
     archive::{
-        entry::compare,
+        entry::{Kind, compare},
         index::IndexReader,
         reader::{RawStream, check_header, fetch_frames, fetch_index},
         writer::Halt,
@@ -120,7 +120,7 @@ async fn to_root(
     let seen = head::read(store).await?;
     if claimer.is_some() {
         trust(config, store, state).await?;
-        if wanted == "latest" && is_continued(config, state, seen.as_ref()) {
+        if wanted == "latest" && is_continued(config, state, seen.as_ref()).await? {
             return carry_on(config, store, state, seen).await;
         }
     }
@@ -172,13 +172,25 @@ async fn to_root(
 
 /// Whether the tree on the disk goes on from the newest snapshot, with nobody else's in between: then it is the same or
 /// newer, and replacing it would lose what was written since (a restart after a crash, with the disk still there).
-fn is_continued(config: &Config, state: &State, seen: Option<&Seen>) -> bool {
-    match (seen, &state.facts.etag) {
-        (Some(seen), Some(etag)) => {
-            seen.etag == *etag && !state.facts.is_fenced && state.is_root_known(&config.root)
-        }
-        _ => false,
+///
+/// A tree that lost more than half of its files while nobody was looking is taken for damage, not for news.
+async fn is_continued(config: &Config, state: &State, seen: Option<&Seen>) -> Result<bool, Error> {
+    let is_ours = seen.is_some_and(|seen| Some(&seen.etag) == state.facts.etag.as_ref());
+    if !is_ours || state.facts.is_fenced || !state.is_root_known(&config.root) {
+        return Ok(false);
     }
+    let (root, excludes) = (config.root.clone(), config.excludes.clone());
+    let files = with_identity(config.identity, "walk", move || {
+        let mut files = 0;
+        let visit = |found: Found<'_>| {
+            files += u64::from(found.entry.kind == Kind::File);
+            Ok::<_, Error>(Verdict::Taken)
+        };
+        scan::walk(&root, &excludes, visit, |_, _| ()).map(|()| files)
+    })
+    .await??;
+    let known = state.facts.snapshot.as_ref().map_or(0, |known| known.files);
+    Ok(files * 2 >= known)
 }
 
 async fn carry_on(
