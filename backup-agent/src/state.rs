@@ -6,7 +6,7 @@
 use std::{
     fs::{self, DirBuilder, File, OpenOptions},
     io::{self, Write},
-    os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt},
+    os::unix::fs::{DirBuilderExt, OpenOptionsExt},
     path::{Path, PathBuf},
 };
 
@@ -46,12 +46,21 @@ pub struct Facts {
     pub etag: Option<String>,
     /// The snapshot that the index describes.
     pub snapshot: Option<Described>,
-    /// Device and inode of the root that carries on from that.
-    pub root: Option<(u64, u64)>,
+    /// The directory that carries on from that.
+    pub root: Option<RootId>,
     /// Another writer took the head; only a restore changes that.
     pub is_fenced: bool,
     /// The store was found to honour conditional writes.
     pub is_store_trusted: bool,
+}
+
+/// What tells a directory from another one that was made later under the same name. Inode numbers are used again at once,
+/// so the time of birth counts too, where the file system knows it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RootId {
+    device: u64,
+    inode: u64,
+    born: i64,
 }
 
 /// A snapshot in a few words.
@@ -228,9 +237,17 @@ fn lock(directory: &Path) -> Result<File, Error> {
         .map_err(Error::local("lock", path))
 }
 
-fn root_id(root: &Path) -> Option<(u64, u64)> {
-    let status = fs::symlink_metadata(root).ok()?;
-    Some((status.dev(), status.ino()))
+fn root_id(root: &Path) -> Option<RootId> {
+    use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
+
+    let wanted = StatxFlags::BASIC_STATS | StatxFlags::BTIME;
+    let status = statx(CWD, root, AtFlags::SYMLINK_NOFOLLOW, wanted).ok()?;
+    let born = status.stx_btime;
+    Some(RootId {
+        device: rustix::fs::makedev(status.stx_dev_major, status.stx_dev_minor),
+        inode: status.stx_ino,
+        born: born.tv_sec.saturating_mul(1_000_000_000) + i64::from(born.tv_nsec),
+    })
 }
 
 /// Writes a local index: the header, then every entry with its stamp.

@@ -6,6 +6,7 @@ mod restore;
 
 use std::sync::Arc;
 
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use serde_json::Value;
 
 use crate::{
@@ -28,6 +29,10 @@ pub struct Answer {
 
 /// Runs one verb to its end.
 pub async fn run(config: &Config, store: &Arc<dyn Store>, verb: &Verb) -> Result<Answer, Error> {
+    // A walk holds one descriptor for each level of the tree.
+    let raised = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
+    raised.map_err(Error::local("raise", "the limit of open files"))?;
     if config.identity.is_some() {
         identity::drop_groups().map_err(Error::local("drop", "supplementary groups"))?;
     }

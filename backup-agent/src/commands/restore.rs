@@ -17,7 +17,7 @@ use tokio::sync::mpsc;
 use super::{Answer, claimed, human_bytes, trust};
 use crate::{
     archive::{
-        entry::compare,
+        entry::{Kind, compare},
         index::IndexReader,
         reader::{RawStream, check_header, fetch_frames, fetch_index},
         writer::Halt,
@@ -104,8 +104,7 @@ async fn to_target(
     }
     let seen = head::read(store).await?;
     let record = choose(config, store, wanted, seen.as_ref()).await?;
-    let staging = Staging::new(&target, config.identity)?;
-    let done = unpack(config, store, state, &record, &staging).await?;
+    let (staging, done) = stage(config, store, state, &record, &target).await?;
     staging.put_in_place(&target)?;
     Ok(done)
 }
@@ -121,7 +120,7 @@ async fn to_root(
     let seen = head::read(store).await?;
     if claimer.is_some() {
         trust(config, store, state).await?;
-        if wanted == "latest" && is_continued(config, state, seen.as_ref()) {
+        if wanted == "latest" && is_continued(config, state, seen.as_ref()).await? {
             return carry_on(config, store, state, seen).await;
         }
     }
@@ -158,9 +157,9 @@ async fn to_root(
         }));
     }
 
-    let staging = Staging::new(&config.root, config.identity)?;
-    let done = unpack(config, store, state, &record, &staging).await?;
+    let (staging, done) = stage(config, store, state, &record, &config.root).await?;
     let Some(seen) = take_over(store, seen, &record, claimer).await? else {
+        staging.discard()?;
         return Ok(None);
     };
     state.forget_tree()?;
@@ -173,13 +172,25 @@ async fn to_root(
 
 /// Whether the tree on the disk goes on from the newest snapshot, with nobody else's in between: then it is the same or
 /// newer, and replacing it would lose what was written since (a restart after a crash, with the disk still there).
-fn is_continued(config: &Config, state: &State, seen: Option<&Seen>) -> bool {
-    match (seen, &state.facts.etag) {
-        (Some(seen), Some(etag)) => {
-            seen.etag == *etag && !state.facts.is_fenced && state.is_root_known(&config.root)
-        }
-        _ => false,
+///
+/// A tree that lost more than half of its files while nobody was looking is taken for damage, not for news.
+async fn is_continued(config: &Config, state: &State, seen: Option<&Seen>) -> Result<bool, Error> {
+    let is_ours = seen.is_some_and(|seen| Some(&seen.etag) == state.facts.etag.as_ref());
+    if !is_ours || state.facts.is_fenced || !state.is_root_known(&config.root) {
+        return Ok(false);
     }
+    let (root, excludes) = (config.root.clone(), config.excludes.clone());
+    let files = with_identity(config.identity, "walk", move || {
+        let mut files = 0;
+        let visit = |found: Found<'_>| {
+            files += u64::from(found.entry.kind == Kind::File);
+            Ok::<_, Error>(Verdict::Taken)
+        };
+        scan::walk(&root, &excludes, visit, |_, _| ()).map(|()| files)
+    })
+    .await??;
+    let known = state.facts.snapshot.as_ref().map_or(0, |known| known.files);
+    Ok(files * 2 >= known)
 }
 
 async fn carry_on(
@@ -339,6 +350,29 @@ async fn is_there_already(config: &Config, state: &State, record: &Record) -> Re
         is_tree_same(&root, &excludes, index, &snapshot, Racy::Read)
     })
     .await?
+}
+
+/// Makes the whole tree of a snapshot beside `place`; nothing stays behind when that fails.
+async fn stage(
+    config: &Config,
+    store: &dyn Store,
+    state: &State,
+    record: &Record,
+    place: &Path,
+) -> Result<(Staging, Done), Error> {
+    let staging = Staging::new(place, config.identity)?;
+    match unpack(config, store, state, record, &staging).await {
+        Ok(done) => Ok((staging, done)),
+        Err(error) => {
+            if let Err(leftover) = staging.discard() {
+                log::warn(
+                    "a partial restore stays on the disk until the next one",
+                    &[("error", leftover.to_string().into())],
+                );
+            }
+            Err(error)
+        }
+    }
 }
 
 /// Downloads, checks and unpacks a snapshot.

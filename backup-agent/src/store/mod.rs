@@ -69,7 +69,7 @@ pub enum StoreError {
     NotFound,
     #[error("it was changed by somebody else meanwhile")]
     Conflict,
-    #[error("the service answered {status}{}{code}", if code.is_empty() { "" } else { " " })]
+    #[error("the service answered {status}{}{code}{}", if code.is_empty() { "" } else { " " }, advice(*status))]
     Status {
         status: u16,
         /// The service's word, such as `SlowDown`; never its prose, which may repeat the request.
@@ -87,6 +87,16 @@ pub enum StoreError {
     Abandoned,
     #[error("{0}")]
     Io(#[from] io::Error),
+}
+
+/// What an operator should look at.
+fn advice(status: u16) -> &'static str {
+    match status {
+        300..=399 => "; check RUNTIME_S3_ENDPOINT and RUNTIME_S3_REGION",
+        401 | 403 => "; check the S3 credentials, what they may do, and this machine's clock",
+        404 => "; check the bucket in RUNTIME_STORE",
+        _ => "",
+    }
 }
 
 impl StoreError {

@@ -535,6 +535,9 @@ mod tests {
     #[test]
     fn prose_of_the_service_is_not_repeated() {
         let error = refusal(&answer(403, "<Code>a b&amp;c</Code> X-Amz-Signature=abc"));
-        assert_eq!(error.to_string(), "the service answered 403");
+        assert_eq!(
+            error.to_string(),
+            "the service answered 403; check the S3 credentials, what they may do, and this machine's clock"
+        );
     }
 }
