@@ -3,10 +3,15 @@
 // A harness panics where a test is to fail, and its items are read beside the tests that use them.
 #![allow(missing_docs, clippy::missing_panics_doc, clippy::must_use_candidate)]
 
+pub mod agent;
 pub mod binaries;
 pub mod device;
 pub mod golden;
 pub mod http;
+pub mod moto;
 pub mod openclaw;
+pub mod s3;
+pub mod signature;
 pub mod supervisor;
+pub mod tree;
 pub mod wait;

@@ -96,6 +96,8 @@ pub fn header(entry: &Entry, segments: Option<&[(u64, u64)]>) -> Vec<u8> {
     }
     header.set_mtime(u64::try_from(seconds).unwrap_or(0).min(LARGEST_NUMBER));
     for (name, value) in &entry.xattrs {
+        // The key ends at the first `=`; GNU tar's way around that.
+        let name = name.replace('%', "%25").replace('=', "%3D");
         record(&mut pax, &format!("SCHILY.xattr.{name}"), value);
     }
     header.set_cksum();
