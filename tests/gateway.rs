@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use e2e::binaries::binary;
 use e2e::device::{Device, Welcome};
+use e2e::moto::Moto;
 use e2e::openclaw::{OpenClaw, prepare_script, require_approval};
 use e2e::supervisor::{Setup, Supervisor, is_alive, is_root};
 use e2e::wait::until;
@@ -228,6 +229,20 @@ fn gateway_survives_the_loss_of_the_disk_with_a_directory_store() -> Outcome {
     let folder = tempfile::tempdir()?;
     let store = format!("file://{}", folder.path().join("store").display());
     survives_the_loss_of_the_disk(&machine(folder.path(), vec![("RUNTIME_STORE", store)])?)
+}
+
+#[test]
+fn gateway_survives_the_loss_of_the_disk_with_an_s3_store() -> Outcome {
+    let folder = tempfile::tempdir()?;
+    let moto = Moto::shared();
+    moto.make_bucket("gateways");
+    let store = vec![
+        ("RUNTIME_STORE", "s3://gateways/some/prefix".to_owned()),
+        ("RUNTIME_S3_ENDPOINT", format!("http://{}", moto.address)),
+        ("RUNTIME_S3_ACCESS_KEY_ID", "key-id".to_owned()),
+        ("RUNTIME_S3_SECRET_ACCESS_KEY", "secret-key".to_owned()),
+    ];
+    survives_the_loss_of_the_disk(&machine(folder.path(), store)?)
 }
 
 /// The machine dies without a word, so the snapshot holds a lease that its host has minutes yet to renew.
