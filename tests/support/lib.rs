@@ -1,4 +1,12 @@
 //! Harness of the end-to-end tests: finds the binaries, starts servers on free ports, compares trees.
 
+// A harness panics where a test is to fail, and its items are read beside the tests that use them.
+#![allow(missing_docs, clippy::missing_panics_doc, clippy::must_use_candidate)]
+
+pub mod binaries;
 pub mod device;
+pub mod golden;
+pub mod http;
 pub mod openclaw;
+pub mod supervisor;
+pub mod wait;

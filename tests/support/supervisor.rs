@@ -1,0 +1,341 @@
+//! A supervisor under test with a fake gateway and a fake agent, in a folder of its own.
+
+use std::fs::{self, Permissions};
+use std::io::{BufRead as _, BufReader};
+use std::net::{SocketAddr, TcpListener};
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Arc, Mutex};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use crate::binaries::binary;
+use crate::http::{self, Response};
+use crate::wait::{until, until_some};
+
+pub const TOKEN: &str = "service-token-0123456789abcdefghij";
+
+/// What the fake agent says when all is well.
+pub fn snapshot(id: &str) -> Value {
+    json!([{ "exit": 0, "answer": {
+        "snapshot": id, "time": "2026-11-22T09:00:45.000Z", "unchanged": false, "bytesUploaded": 12, "files": 3,
+        "durationMs": 4, "consistency": "instant", "skipped": 0, "fork": false,
+    } }])
+}
+
+/// A script with one step: a failure with this exit code.
+pub fn failure(exit: i32, code: &str) -> Value {
+    json!([{ "exit": exit, "answer": { "error": format!("the fake says {code}"), "code": code } }])
+}
+
+/// A supervisor that is about to be started.
+pub struct Setup {
+    pub folder: TempDir,
+    pub gateway: SocketAddr,
+    settings: Vec<(String, String)>,
+    command: Option<Vec<String>>,
+}
+
+impl Default for Setup {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Setup {
+    /// An empty store, a gateway that behaves, and short waits.
+    pub fn new() -> Self {
+        let folder = tempfile::Builder::new()
+            .prefix("e2e-")
+            .tempdir()
+            .expect("can make a folder");
+        // The gateway may run as somebody else.
+        open_to_all(folder.path());
+        let fake = folder.path().join("fake");
+        fs::create_dir(&fake).expect("can make a folder");
+        open_to_all(&fake);
+        let programs = folder.path().join("bin");
+        fs::create_dir(&programs).expect("can make a folder");
+        place(&binary("supervisor"), &programs.join("supervisor"));
+        place(&binary("fake-agent"), &programs.join("backup-agent"));
+        place(&binary("fake-gateway"), &fake.join("fake-gateway"));
+        let gateway = TcpListener::bind("127.0.0.1:0")
+            .and_then(|listener| listener.local_addr())
+            .expect("there is a free port");
+        let settings = [
+            ("RUNTIME_SERVICE_TOKEN", TOKEN.to_owned()),
+            ("RUNTIME_LISTEN", "127.0.0.1:0".to_owned()),
+            ("RUNTIME_GATEWAY_URL", format!("http://{gateway}")),
+            (
+                "RUNTIME_ROOT",
+                folder.path().join("root").display().to_string(),
+            ),
+            (
+                "RUNTIME_STATE",
+                folder.path().join("state").display().to_string(),
+            ),
+            ("RUNTIME_STOP_GRACE", "20s".to_owned()),
+            ("RUNTIME_BACKUP_INTERVAL", "0".to_owned()),
+        ];
+        let setup = Self {
+            folder,
+            gateway,
+            settings: settings
+                .map(|(name, value)| (name.to_owned(), value))
+                .to_vec(),
+            command: None,
+        };
+        setup.agent("restore", &failure(10, "no_snapshot"));
+        setup.agent("backup", &snapshot("snapshot-1"));
+        setup.behave(&json!({}));
+        setup.devices(&json!({ "pending": [], "paired": [] }));
+        setup
+    }
+
+    /// Sets a variable of the supervisor's environment.
+    #[must_use]
+    pub fn with(mut self, name: &str, value: &str) -> Self {
+        self.settings.retain(|(known, _)| known != name);
+        self.settings.push((name.to_owned(), value.to_owned()));
+        self
+    }
+
+    /// Runs this instead of the fake gateway.
+    #[must_use]
+    pub fn command(mut self, command: &[&str]) -> Self {
+        self.command = Some(command.iter().map(|&word| word.to_owned()).collect());
+        self
+    }
+
+    /// Writes down what the agent does, run by run (see `fake_agent.rs`).
+    pub fn agent(&self, verb: &str, steps: &Value) {
+        write(
+            &self.folder.path().join("bin").join(format!("{verb}.json")),
+            steps,
+        );
+    }
+
+    /// Writes down what the gateway does from its next start on (see `fake_gateway.rs`).
+    pub fn behave(&self, behaviour: &Value) {
+        write(&self.fake().join("behaviour.json"), behaviour);
+    }
+
+    pub fn devices(&self, devices: &Value) {
+        let path = self.fake().join("devices.json");
+        write(&path, devices);
+        fs::set_permissions(path, Permissions::from_mode(0o666)).expect("is our file");
+    }
+
+    pub fn fake(&self) -> PathBuf {
+        self.folder.path().join("fake")
+    }
+
+    pub fn root(&self) -> PathBuf {
+        self.folder.path().join("root")
+    }
+
+    /// Lets an agent that waits at this gate go on.
+    pub fn open_gate(&self, name: &str) {
+        fs::write(self.folder.path().join("bin").join(name), "").expect("can write");
+    }
+
+    /// Every run of the agent so far.
+    pub fn agent_calls(&self, verb: &str) -> Vec<Value> {
+        let mut calls = lines(&self.folder.path().join("bin/calls.jsonl"));
+        calls.retain(|call| call["arguments"][0] == verb);
+        calls
+    }
+
+    /// Every start of the gateway so far.
+    pub fn starts(&self) -> Vec<Value> {
+        lines(&self.fake().join("starts.jsonl"))
+    }
+
+    /// The command line and environment, for a test that starts it in a way of its own.
+    pub fn program(&self) -> Command {
+        let mut program = Command::new(self.folder.path().join("bin/supervisor"));
+        program.env_clear().env("PATH", "/usr/bin:/bin").arg("--");
+        match &self.command {
+            Some(command) => program.args(command),
+            None => program
+                .arg(self.fake().join("fake-gateway"))
+                .arg(self.gateway.port().to_string())
+                .arg(self.fake()),
+        };
+        program.envs(self.settings.iter().map(|(name, value)| (name, value)));
+        program.stdin(Stdio::null()).stderr(Stdio::piped());
+        program
+    }
+
+    pub fn start(self) -> Supervisor {
+        let program = self.program();
+        self.start_as(program)
+    }
+
+    pub fn start_as(self, mut program: Command) -> Supervisor {
+        let mut child = program.spawn().expect("the supervisor can be executed");
+        let log = Arc::new(Mutex::new(Vec::new()));
+        let (written, stderr) = (log.clone(), child.stderr.take().expect("was piped"));
+        std::thread::spawn(move || {
+            for line in BufReader::new(stderr).lines().map_while(Result::ok) {
+                written.lock().expect("nobody panics with it").push(line);
+            }
+        });
+        let mut supervisor = Supervisor {
+            setup: self,
+            child,
+            log,
+            api: SocketAddr::from(([127, 0, 0, 1], 0)),
+        };
+        supervisor.api = until_some("the address of the API", || {
+            let line = supervisor
+                .log()
+                .lines()
+                .find(|line| line.contains("\"listening\""))?
+                .to_owned();
+            let line: Value = serde_json::from_str(&line).expect("a log line is JSON");
+            line["address"].as_str()?.parse().ok()
+        });
+        supervisor
+    }
+}
+
+pub struct Supervisor {
+    pub setup: Setup,
+    pub api: SocketAddr,
+    child: Child,
+    log: Arc<Mutex<Vec<String>>>,
+}
+
+impl Supervisor {
+    /// A request with the right token.
+    pub fn request(&self, method: &str, path: &str) -> Response {
+        http::request(
+            self.api,
+            method,
+            path,
+            &[("Authorization", &format!("Bearer {TOKEN}"))],
+            b"",
+        )
+    }
+
+    pub fn get(&self, path: &str) -> Response {
+        self.request("GET", path)
+    }
+
+    pub fn post(&self, path: &str) -> Response {
+        self.request("POST", path)
+    }
+
+    /// `data` of the status.
+    pub fn status(&self) -> Value {
+        let mut answer = self.get("/v1/status");
+        assert_eq!(answer.status, 200, "{answer:?}");
+        answer.body["data"].take()
+    }
+
+    /// Waits until the gateway has this status, and returns all of it.
+    pub fn until_gateway(&self, wanted: &str) -> Value {
+        until_some(&format!("a gateway that is {wanted}"), || {
+            let status = self.status();
+            (status["gateway"]["status"] == wanted).then_some(status)
+        })
+    }
+
+    /// Waits until the gateway runs and has been started this often, and returns what the last start found.
+    pub fn until_running(&self, starts: usize) -> Value {
+        until(&format!("start {starts} of the gateway"), || {
+            self.setup.starts().len() >= starts
+        });
+        let _ = self.until_gateway("running");
+        self.setup.starts().pop().expect("there are some")
+    }
+
+    /// Everything logged so far.
+    pub fn log(&self) -> String {
+        self.log.lock().expect("nobody panics with it").join("\n")
+    }
+
+    pub fn pid(&self) -> Pid {
+        Pid::from_raw(i32::try_from(self.child.id()).expect("pids fit"))
+    }
+
+    pub fn signal(&self, signal: Signal) {
+        kill(self.pid(), signal).expect("the supervisor is there");
+    }
+
+    /// Waits for its end.
+    pub fn wait(&mut self) -> ExitStatus {
+        until_some("the end of the supervisor", || {
+            self.child.try_wait().expect("is our child")
+        })
+    }
+
+    /// SIGTERM, and its exit code.
+    pub fn stop(&mut self) -> Option<i32> {
+        self.signal(Signal::SIGTERM);
+        self.wait().code()
+    }
+}
+
+impl Drop for Supervisor {
+    fn drop(&mut self) {
+        for _ in 0..100 {
+            if !matches!(self.child.try_wait(), Ok(None)) {
+                return;
+            }
+            // Each one cuts a wait short.
+            let _ = kill(self.pid(), Signal::SIGTERM);
+            std::thread::sleep(std::time::Duration::from_millis(50));
+        }
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Whether a process is there and not just a zombie.
+pub fn is_alive(pid: i64) -> bool {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    status
+        .lines()
+        .any(|line| line.starts_with("State:") && !line.contains('Z'))
+}
+
+/// A test that needs root says so and ends, when we are not.
+pub fn is_root() -> bool {
+    let is_root = nix::unistd::geteuid().is_root();
+    if !is_root {
+        eprintln!("skipped: only root can change users");
+    }
+    is_root
+}
+
+fn lines(path: &Path) -> Vec<Value> {
+    let text = fs::read_to_string(path).unwrap_or_default();
+    // The last line may still be being written.
+    text.lines()
+        .filter_map(|line| serde_json::from_str(line).ok())
+        .collect()
+}
+
+/// At once, since the reader may come any time.
+fn write(path: &Path, value: &Value) {
+    let new = path.with_extension("new");
+    fs::write(&new, value.to_string()).expect("can write");
+    fs::rename(new, path).expect("can rename");
+}
+
+/// A link where that is possible: the programs are large.
+fn place(from: &Path, to: &Path) {
+    if fs::hard_link(from, to).is_err() {
+        fs::copy(from, to).expect("can copy a program");
+    }
+}
+
+fn open_to_all(folder: &Path) {
+    fs::set_permissions(folder, Permissions::from_mode(0o777)).expect("is our folder");
+}
