@@ -14,7 +14,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::time::{sleep, timeout};
 
-use super::envelope::Problem;
+use super::envelope::{Answer, Problem};
 use super::routes::{self, Context};
 use crate::log::log;
 
@@ -96,13 +96,8 @@ async fn serve(
     // Answers are single small writes; waiting to merge them only delays.
     let _ = stream.set_nodelay(true);
     let service = service_fn(move |request| {
-        let handler = tokio::spawn(routes::handle(context.clone(), request));
-        async move {
-            let answer = handler.await.unwrap_or_else(|_| {
-                Problem::Internal("the request met a bug in the runtime".to_owned()).answer()
-            });
-            Ok::<_, Infallible>(answer)
-        }
+        let answer = contained(routes::handle(context.clone(), request));
+        async { Ok::<_, Infallible>(answer.await) }
     });
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
@@ -120,5 +115,31 @@ async fn serve(
             let _ = connection.await;
         }
         () = sleep(MAX_LIFE) => {}
+    }
+}
+
+/// Runs a handler so that its panic is an answer too. It goes on when its caller hangs up.
+fn contained(
+    handler: impl Future<Output = Answer> + Send + 'static,
+) -> impl Future<Output = Answer> {
+    let handler = tokio::spawn(handler);
+    async move {
+        handler.await.unwrap_or_else(|_| {
+            Problem::Internal("the request met a bug in the runtime".to_owned()).answer()
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_panic_in_a_handler_is_a_500() {
+        let runtime = tokio::runtime::Builder::new_current_thread().build();
+        let answer = runtime
+            .expect("can be built")
+            .block_on(async { contained(async { panic!("on purpose") }).await });
+        assert_eq!(answer.status(), 500);
     }
 }
