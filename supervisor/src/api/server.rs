@@ -28,8 +28,9 @@ const HEAD_TIME_LIMIT: Duration = Duration::from_secs(10);
 const BUFFER: usize = 8 * 1024;
 const MAX_HEADERS: usize = 64;
 
-/// Longest life of a connection, so that one whose peer reads nothing goes too. Long enough for the slowest backup.
+/// Longest life of a connection, so that one whose peer reads nothing goes too; then for the answer under way.
 const MAX_LIFE: Duration = Duration::from_hours(1);
+const LAST_ANSWER: Duration = Duration::from_mins(10);
 
 /// When `accept` fails it is mostly for lack of descriptors: others have to end first.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -108,14 +109,13 @@ async fn serve(
     let mut connection = std::pin::pin!(connection);
     // Broken connections are the peer's business: nothing of them is logged.
     tokio::select! {
-        _ = connection.as_mut() => {}
-        // Published once, when we close.
-        _ = closing.changed() => {
-            connection.as_mut().graceful_shutdown();
-            let _ = connection.await;
-        }
+        _ = connection.as_mut() => return,
         () = sleep(MAX_LIFE) => {}
+        // Published once, when we close.
+        _ = closing.changed() => {}
     }
+    connection.as_mut().graceful_shutdown();
+    let _ = timeout(LAST_ANSWER, connection).await;
 }
 
 /// Runs a handler so that its panic is an answer too. It goes on when its caller hangs up.

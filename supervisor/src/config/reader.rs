@@ -130,7 +130,9 @@ impl<'a> Reader<'a> {
         };
         self.variables
             .iter()
-            .filter(|(name, _)| super::environment::belongs_to_the_runtime(name))
+            .filter(|(name, value)| {
+                super::environment::belongs_to_the_runtime(name) && !value.is_empty()
+            })
             .map(|(name, _)| name.to_string_lossy().into_owned())
             .filter(|name| !is_known(name))
             .collect()
