@@ -212,6 +212,39 @@ fn an_unknown_command_line_is_a_usage_error() {
 }
 
 #[test]
+fn what_stops_a_start_is_said_in_one_sentence() {
+    let folder = tempfile::tempdir().expect("can make a folder");
+    let program = folder.path().join("supervisor");
+    std::fs::copy(binary("supervisor"), &program).expect("can copy");
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").expect("there is a free port");
+    let address = taken.local_addr().expect("is bound").to_string();
+    let start = |arguments: &[&str]| {
+        let output = Command::new(&program)
+            .args(arguments)
+            .env_clear()
+            .env("RUNTIME_SERVICE_TOKEN", TOKEN)
+            .env("RUNTIME_LISTEN", &address)
+            .output()
+            .expect("can be executed");
+        let said = text(&output.stderr).replace(&address, "ADDRESS");
+        let said = said.replace(&folder.path().display().to_string(), "FOLDER");
+        let lines: Vec<&str> = said.lines().filter(|line| !line.starts_with('{')).collect();
+        format!(
+            "{arguments:?} exits {:?}: {}\n",
+            output.status.code(),
+            lines.join("\n")
+        )
+    };
+    let mut golden = start(&["--", "true"]);
+    std::fs::write(folder.path().join("backup-agent"), "").expect("can write");
+    golden.push_str(&start(&["--", "true"]));
+    golden.push_str(&start(&["walk"]));
+    drop(taken);
+    golden.push_str(&start(&["healthcheck"]));
+    golden::compare("startup.txt", &golden);
+}
+
+#[test]
 fn the_documented_table_is_the_one_in_the_code() {
     let document = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/settings.md");
     let document = std::fs::read_to_string(document).expect("is there");

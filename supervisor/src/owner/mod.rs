@@ -115,7 +115,9 @@ impl Owner {
             if self.state.phase == Phase::Down && self.run.is_none() && self.backups.is_over() {
                 return !self.is_final_snapshot_lost;
             }
-            let due = [self.state.deadline(), self.backups.next()];
+            // A backup that is due waits for a sweep, whose end is an event.
+            let next_backup = self.backups.next().filter(|_| !self.is_sweeping());
+            let due = [self.state.deadline(), next_backup];
             let due = due.into_iter().flatten().min();
             tokio::select! {
                 Some(event) = inbox.recv() => self.handle(event),
@@ -253,6 +255,10 @@ impl Owner {
         self.process
             .as_ref()
             .is_some_and(|process| process.pid == pid)
+    }
+
+    fn is_sweeping(&self) -> bool {
+        matches!(self.state.phase, Phase::Sweeping { .. })
     }
 
     fn now(&self) -> Moment {

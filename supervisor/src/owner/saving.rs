@@ -68,7 +68,7 @@ impl Owner {
 
     /// Starts the run that is due. Not during a sweep: that might take the young agent for one of the gateway's.
     pub(super) fn begin_backup(&mut self) {
-        if matches!(self.state.phase, Phase::Sweeping { .. }) {
+        if self.is_sweeping() {
             return;
         }
         if let Some(verb) = self.backups.begin(self.now()) {
