@@ -80,8 +80,9 @@ impl Owner {
         self.run = None;
         let answer = match outcome {
             Ok(answer) => {
-                self.status.last_backup = text(&answer["time"]);
-                self.status.snapshot = text(&answer["snapshot"]);
+                let known = (self.status.last_backup.take(), self.status.snapshot.take());
+                self.status.last_backup = text(&answer["time"]).or(known.0);
+                self.status.snapshot = text(&answer["snapshot"]).or(known.1);
                 self.status.backup_error = None;
                 log!(Info, "backed up", snapshot = self.status.snapshot.clone());
                 Ok(json!({
