@@ -1,2 +1,64 @@
-//! Snapshots of a tree on a store.
-fn main() {}
+//! One-shot command of the runtime: `backup`, `restore` and `list` snapshots of a directory tree.
+//!
+//! Results go to standard output, everything else to standard error; the exit code is part of the interface.
+
+mod archive;
+mod cli;
+mod commands;
+mod config;
+mod error;
+mod interrupt;
+mod log;
+mod snapshot;
+mod state;
+mod store;
+mod tree;
+
+use std::{
+    io::{IsTerminal, Write},
+    process::ExitCode,
+};
+
+use clap::Parser;
+
+use crate::{cli::Cli, config::Config, error::Chain};
+
+fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(help) => {
+            let is_mistake = help.use_stderr();
+            // Printing fails only when nobody reads it.
+            let _ = help.print();
+            return ExitCode::from(if is_mistake { 64 } else { 0 });
+        }
+    };
+    let json = cli.flags.json;
+    let result = Config::load(&cli.flags, |name| std::env::var_os(name))
+        .and_then(|config| interrupt::bounded(&config, &cli.verb));
+    match result {
+        Ok(answer) => {
+            let text = if json {
+                format!("{}\n", answer.json)
+            } else {
+                answer.text
+            };
+            // A reader that went away (`| head`) changes nothing about what was done.
+            let _ = std::io::stdout().write_all(text.as_bytes());
+            ExitCode::SUCCESS
+        }
+        Err(error) => {
+            let (exit, word) = error.code();
+            let sentence = Chain(&error).to_string();
+            if json {
+                let object = serde_json::json!({ "error": sentence, "code": word });
+                let _ = writeln!(std::io::stdout(), "{object}");
+            }
+            // The runtime reads the object; people and scripts without --json read the sentence.
+            if !json || std::io::stderr().is_terminal() {
+                eprintln!("backup-agent: {sentence}");
+            }
+            ExitCode::from(exit)
+        }
+    }
+}

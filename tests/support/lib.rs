@@ -4,7 +4,9 @@
 #![allow(missing_docs, clippy::missing_panics_doc, clippy::must_use_candidate)]
 
 pub mod binaries;
+pub mod device;
 pub mod golden;
 pub mod http;
+pub mod openclaw;
 pub mod supervisor;
 pub mod wait;

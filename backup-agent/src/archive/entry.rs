@@ -1,0 +1,312 @@
+//! One path of a snapshot, and its line in an index.
+
+use std::{cmp::Ordering, collections::BTreeMap};
+
+use base64::{Engine, prelude::BASE64_STANDARD};
+use serde::{Deserialize, Serialize};
+
+use crate::snapshot::id::hex;
+
+/// What a path is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Kind {
+    Dir,
+    File,
+    Symlink,
+    /// Another name of a file that comes earlier in the walk.
+    Hardlink,
+}
+
+/// A run of a file's bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(from = "(Option<u32>, u64, u64)", into = "(Option<u32>, u64, u64)")]
+pub enum Extent {
+    /// In the raw tar stream of a layer, by its number in the index's own list.
+    Data {
+        layer: u32,
+        offset: u64,
+        length: u64,
+    },
+    /// Zeros that take no room.
+    Hole { length: u64 },
+}
+
+impl From<(Option<u32>, u64, u64)> for Extent {
+    fn from((layer, offset, length): (Option<u32>, u64, u64)) -> Self {
+        match layer {
+            Some(layer) => Self::Data {
+                layer,
+                offset,
+                length,
+            },
+            None => Self::Hole { length },
+        }
+    }
+}
+
+impl From<Extent> for (Option<u32>, u64, u64) {
+    fn from(extent: Extent) -> Self {
+        match extent {
+            Extent::Data {
+                layer,
+                offset,
+                length,
+            } => (Some(layer), offset, length),
+            Extent::Hole { length } => (None, 0, length),
+        }
+    }
+}
+
+/// One path with all that a restore needs to make it again.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Entry {
+    /// Relative, components joined by `/`; empty for the root.
+    pub path: Vec<u8>,
+    pub kind: Kind,
+    /// Permission bits, with set-id and sticky.
+    pub mode: u32,
+    pub uid: u32,
+    pub gid: u32,
+    /// Nanoseconds since the epoch.
+    pub mtime: i64,
+    /// Logical bytes of a file, holes included; 0 for other types.
+    pub size: u64,
+    /// Target of a symbolic link as it is written there, or path of the file that a hard link is a name of.
+    pub link: Option<Vec<u8>>,
+    /// Of a file's data extents in order.
+    pub sha256: Option<String>,
+    pub extents: Vec<Extent>,
+    /// The `user.*` attributes.
+    pub xattrs: BTreeMap<String, Vec<u8>>,
+    /// Only in the local index: what tells a changed file from an unchanged one.
+    pub stamp: Option<Stamp>,
+}
+
+/// The part of a file's status that changes with it and cannot be set by its owner.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stamp {
+    /// Nanoseconds since the epoch.
+    pub ctime: i64,
+    pub ino: u64,
+}
+
+/// Order of a depth-first walk with sorted directories: component by component, by bytes.
+pub fn compare(a: &[u8], b: &[u8]) -> Ordering {
+    let components = |path| <[u8]>::split(path, |byte| *byte == b'/');
+    components(a).cmp(components(b))
+}
+
+/// An entry as JSON. Names that are not UTF-8 go, in base64, under keys of their own.
+#[derive(Serialize, Deserialize)]
+struct Line {
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    path: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    path64: Option<String>,
+    #[serde(rename = "type")]
+    kind: Kind,
+    mode: u32,
+    uid: u32,
+    gid: u32,
+    mtime: i64,
+    #[serde(skip_serializing_if = "is_zero", default)]
+    size: u64,
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    link: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    link64: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    sha256: Option<String>,
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    extents: Vec<Extent>,
+    #[serde(skip_serializing_if = "BTreeMap::is_empty", default)]
+    xattrs: BTreeMap<String, String>,
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    stamp: Option<Stamp>,
+}
+
+#[expect(
+    clippy::trivially_copy_pass_by_ref,
+    reason = "serde asks for this shape"
+)]
+fn is_zero(size: &u64) -> bool {
+    *size == 0
+}
+
+/// The root's path in an index: an empty name is easily taken for a missing one.
+const ROOT: &str = ".";
+
+impl Entry {
+    /// The line for an index, without its newline.
+    pub fn to_line(&self) -> Vec<u8> {
+        let path: &[u8] = if self.path.is_empty() {
+            ROOT.as_bytes()
+        } else {
+            &self.path
+        };
+        let (path, path64) = encode(path);
+        let (link, link64) = self.link.as_deref().map_or((None, None), encode);
+        let json = Line {
+            path,
+            path64,
+            kind: self.kind,
+            mode: self.mode,
+            uid: self.uid,
+            gid: self.gid,
+            mtime: self.mtime,
+            size: self.size,
+            link,
+            link64,
+            sha256: self.sha256.clone(),
+            extents: self.extents.clone(),
+            xattrs: self
+                .xattrs
+                .iter()
+                .map(|(name, value)| (name.clone(), BASE64_STANDARD.encode(value)))
+                .collect(),
+            stamp: self.stamp,
+        };
+        serde_json::to_vec(&json).expect("an entry has string keys and no failing serializer")
+    }
+
+    /// Reads a line; the reason when it is not one.
+    pub fn from_line(line: &[u8]) -> Result<Self, String> {
+        let line: Line = serde_json::from_slice(line).map_err(|error| error.to_string())?;
+        let mut path = decode(line.path, line.path64)?.ok_or("a line has no path")?;
+        if path == ROOT.as_bytes() {
+            path.clear();
+        }
+        let xattrs =
+            line.xattrs
+                .into_iter()
+                .map(|(name, value)| match BASE64_STANDARD.decode(value) {
+                    Ok(value) => Ok((name, value)),
+                    Err(_) => Err(format!("the value of {name} is not base64")),
+                });
+        Ok(Self {
+            path,
+            kind: line.kind,
+            mode: line.mode,
+            uid: line.uid,
+            gid: line.gid,
+            mtime: line.mtime,
+            size: line.size,
+            link: decode(line.link, line.link64)?,
+            sha256: line.sha256,
+            extents: line.extents,
+            xattrs: xattrs.collect::<Result<_, _>>()?,
+            stamp: line.stamp,
+        })
+    }
+
+    /// The path for people.
+    pub fn display(&self) -> String {
+        display(&self.path)
+    }
+}
+
+/// A path for people: control characters and what is not UTF-8 are escaped, so that a name cannot play tricks on a terminal.
+pub fn display(path: &[u8]) -> String {
+    if path.is_empty() {
+        return ROOT.to_owned();
+    }
+    let mut text = String::with_capacity(path.len());
+    for chunk in path.utf8_chunks() {
+        for c in chunk.valid().chars() {
+            if c.is_control() {
+                text.extend(c.escape_default());
+            } else {
+                text.push(c);
+            }
+        }
+        for byte in chunk.invalid() {
+            text.extend(["\\x", &hex(&[*byte])]);
+        }
+    }
+    text
+}
+
+fn encode(bytes: &[u8]) -> (Option<String>, Option<String>) {
+    match std::str::from_utf8(bytes) {
+        Ok(text) => (Some(text.to_owned()), None),
+        Err(_) => (None, Some(BASE64_STANDARD.encode(bytes))),
+    }
+}
+
+fn decode(text: Option<String>, base64: Option<String>) -> Result<Option<Vec<u8>>, String> {
+    match (text, base64) {
+        (Some(text), None) => Ok(Some(text.into_bytes())),
+        (None, Some(base64)) => match BASE64_STANDARD.decode(base64) {
+            Ok(bytes) => Ok(Some(bytes)),
+            Err(_) => Err("a name is not base64".to_owned()),
+        },
+        (None, None) => Ok(None),
+        (Some(_), Some(_)) => Err("a name is given twice".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entry(path: &[u8]) -> Entry {
+        Entry {
+            path: path.to_vec(),
+            kind: Kind::File,
+            mode: 0o644,
+            uid: 1000,
+            gid: 1000,
+            mtime: 1_700_000_000_123_456_789,
+            size: 12,
+            link: None,
+            sha256: Some("ab".repeat(32)),
+            extents: vec![
+                Extent::Data {
+                    layer: 0,
+                    offset: 512,
+                    length: 4,
+                },
+                Extent::Hole { length: 8 },
+            ],
+            xattrs: BTreeMap::from([("user.a".to_owned(), vec![0, 255])]),
+            stamp: None,
+        }
+    }
+
+    #[test]
+    fn a_line_is_plain_json_and_reads_back() {
+        let line = entry(b"dir/file").to_line();
+        assert_eq!(
+            String::from_utf8_lossy(&line),
+            format!(
+                r#"{{"path":"dir/file","type":"file","mode":420,"uid":1000,"gid":1000,"mtime":1700000000123456789,"size":12,"sha256":"{}","extents":[[0,512,4],[null,0,8]],"xattrs":{{"user.a":"AP8="}}}}"#,
+                "ab".repeat(32)
+            )
+        );
+        assert_eq!(Entry::from_line(&line), Ok(entry(b"dir/file")));
+    }
+
+    #[test]
+    fn names_of_any_bytes_read_back() {
+        for path in [&b"\xff\xfe/\n"[..], b"", b"\"quoted\"", "ümläut".as_bytes()] {
+            let mut entry = entry(path);
+            entry.link = Some(b"\x80target".to_vec());
+            assert_eq!(Entry::from_line(&entry.to_line()), Ok(entry));
+        }
+    }
+
+    #[test]
+    fn paths_sort_as_a_walk_meets_them() {
+        let walk: [&[u8]; 7] = [b"", b"a", b"a/b", b"a/b/c", b"a/c", b"a.b", b"b"];
+        for pair in walk.windows(2) {
+            assert_eq!(compare(pair[0], pair[1]), Ordering::Less, "{pair:?}");
+        }
+    }
+
+    #[test]
+    fn names_cannot_write_to_a_terminal() {
+        assert_eq!(display(b"a\x1b[2Jb\xff"), "a\\u{1b}[2Jb\\xff");
+        assert_eq!(display(b""), ".");
+    }
+}

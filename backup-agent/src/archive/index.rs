@@ -1,0 +1,107 @@
+//! An index: zstd-compressed JSON lines, the header first, then one line for each path in the order of the walk. It is
+//! written and read as a stream, whatever its length.
+
+use std::{
+    fs::File,
+    io::{self, BufRead, BufReader, BufWriter, Read, Write},
+};
+
+use serde::{Deserialize, Serialize};
+
+use super::{entry::Entry, frames::Frame};
+
+/// A path has at most 4,096 bytes where the kernel is asked in one go, and 64 KiB of attributes; a file of many holes has
+/// the longest lines. Anything longer is an attack on memory.
+const LONGEST_LINE: u64 = 16 << 20;
+/// Compression of indexes: they are small beside the data.
+const LEVEL: i32 = 3;
+
+/// The first line of a layer's index.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LayerHeader {
+    pub format: u32,
+    /// The layers that extents refer to by number; the first is the one that this index belongs to.
+    pub layers: Vec<String>,
+    pub frames: Vec<Frame>,
+}
+
+/// Compresses lines into a file.
+pub struct IndexWriter {
+    encoder: zstd::Encoder<'static, BufWriter<File>>,
+}
+
+impl IndexWriter {
+    pub fn new(file: File) -> io::Result<Self> {
+        Ok(Self {
+            encoder: zstd::Encoder::new(BufWriter::new(file), LEVEL)?,
+        })
+    }
+
+    /// Appends one entry.
+    pub fn entry(&mut self, entry: &Entry) -> io::Result<()> {
+        self.line(&entry.to_line())
+    }
+
+    /// Appends one line.
+    pub fn line(&mut self, line: &[u8]) -> io::Result<()> {
+        self.encoder.write_all(line)?;
+        self.encoder.write_all(b"\n")
+    }
+
+    /// Ends the stream; gives the file back, positioned behind it.
+    pub fn finish(self) -> io::Result<File> {
+        let file = self.encoder.finish()?;
+        file.into_inner().map_err(io::IntoInnerError::into_error)
+    }
+}
+
+/// Compresses a header into a frame of its own: zstd streams are joined by putting one after the other.
+pub fn compress_header(header: &LayerHeader) -> io::Result<Vec<u8>> {
+    let mut line =
+        serde_json::to_vec(header).expect("a header has string keys and no failing serializer");
+    line.push(b'\n');
+    zstd::encode_all(&line[..], LEVEL)
+}
+
+/// Reads lines one by one.
+pub struct IndexReader<R: Read> {
+    lines: BufReader<zstd::Decoder<'static, BufReader<R>>>,
+    line: Vec<u8>,
+}
+
+impl<R: Read> IndexReader<R> {
+    pub fn new(source: R) -> io::Result<Self> {
+        Ok(Self {
+            lines: BufReader::new(zstd::Decoder::new(source)?),
+            line: Vec::new(),
+        })
+    }
+
+    /// The next line, without its newline; `None` at the end.
+    pub fn line(&mut self) -> io::Result<Option<&[u8]>> {
+        self.line.clear();
+        let read = (&mut self.lines)
+            .take(LONGEST_LINE)
+            .read_until(b'\n', &mut self.line)?;
+        if read == 0 {
+            return Ok(None);
+        }
+        if self.line.pop() != Some(b'\n') {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                "a line is cut or far too long",
+            ));
+        }
+        Ok(Some(&self.line))
+    }
+
+    /// The next entry.
+    pub fn entry(&mut self) -> io::Result<Option<Entry>> {
+        match self.line()? {
+            None => Ok(None),
+            Some(line) => Entry::from_line(line)
+                .map(Some)
+                .map_err(|reason| io::Error::new(io::ErrorKind::InvalidData, reason)),
+        }
+    }
+}

@@ -1,0 +1,11 @@
+//! Layers: a plain tarball in independent zstd frames, its index in a skippable frame, a footer that says where the index
+//! is. `docs/snapshot-format.md` is the specification.
+
+pub mod entry;
+pub mod footer;
+pub mod frames;
+pub mod index;
+pub mod parts;
+pub mod reader;
+pub mod tarball;
+pub mod writer;

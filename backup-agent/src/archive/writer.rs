@@ -1,0 +1,205 @@
+//! Writes one layer from entries in the order of the walk: tar stream, frames, index, footer, all at once and all as a
+//! stream.
+
+use std::{
+    fs::File,
+    io::{Read, Seek},
+};
+
+use sha2::{Digest, Sha256};
+
+use super::{
+    entry::{Entry, Extent},
+    footer::{self, Footer},
+    frames::FrameWriter,
+    index::{IndexWriter, LayerHeader, compress_header},
+    parts::{PartWriter, UploadStopped},
+    tarball::{self, TRAILER, padding},
+};
+use crate::{
+    error::Error,
+    snapshot::{
+        id::hex,
+        record::{FORMAT, Layer},
+    },
+    tree::read::Content,
+};
+
+/// Why a layer could not be written.
+pub enum Halt {
+    /// The upload ended first; it knows why.
+    Stopped,
+    Failed(Error),
+}
+
+impl From<UploadStopped> for Halt {
+    fn from(_: UploadStopped) -> Self {
+        Self::Stopped
+    }
+}
+
+impl From<Error> for Halt {
+    fn from(error: Error) -> Self {
+        Self::Failed(error)
+    }
+}
+
+/// One layer under way.
+pub struct LayerWriter {
+    id: String,
+    frames: FrameWriter,
+    /// The index's lines wait in a file, because they follow the data and their number has no bound.
+    lines: IndexWriter,
+}
+
+impl LayerWriter {
+    /// A layer that goes to `sink`; `spool` is an empty file for the index.
+    pub fn new(id: &str, sink: PartWriter, spool: File) -> Result<Self, Error> {
+        Ok(Self {
+            id: id.to_owned(),
+            frames: FrameWriter::new(sink).map_err(Error::local("set up", "zstd"))?,
+            lines: IndexWriter::new(spool).map_err(Error::local("set up", "zstd"))?,
+        })
+    }
+
+    /// Appends an entry without content.
+    pub fn add(&mut self, entry: &Entry) -> Result<(), Halt> {
+        self.frames.write(&tarball::header(entry, None))?;
+        self.index(entry)
+    }
+
+    /// Appends a regular file; fills in the hash and the extents of what was read.
+    pub fn add_file(&mut self, entry: &mut Entry, content: &mut Content) -> Result<(), Halt> {
+        let segments = content.segments().to_vec();
+        let sparse = content.is_sparse().then_some(&segments[..]);
+        self.frames.write(&tarball::header(entry, sparse))?;
+        let start = self.frames.position();
+        let mut sum = Sha256::new();
+        let frames = &mut self.frames;
+        content.read(|bytes| {
+            sum.update(bytes);
+            frames.write(bytes)
+        })?;
+        self.frames.write(padding(self.frames.position() - start))?;
+        entry.sha256 = Some(hex(&sum.finalize()));
+        entry.extents = extents(&segments, entry.size, start);
+        self.index(entry)
+    }
+
+    /// Ends the layer: index and footer follow the data.
+    pub fn finish(mut self) -> Result<Layer, Halt> {
+        let cannot_spool = |source| Error::Local {
+            op: "use",
+            path: "the index under way".into(),
+            source,
+        };
+        self.frames.write(&TRAILER)?;
+        let raw_size = self.frames.position();
+        let (table, mut sink) = self.frames.finish()?;
+        let header = LayerHeader {
+            format: FORMAT,
+            layers: vec![self.id.clone()],
+            frames: table,
+        };
+        let header = compress_header(&header).map_err(Error::local("set up", "zstd"))?;
+        let mut spool = self.lines.finish().map_err(cannot_spool)?;
+        let spooled = spool.stream_position().map_err(cannot_spool)?;
+        spool.rewind().map_err(cannot_spool)?;
+
+        let index_size = header.len() as u64 + spooled;
+        let content = u32::try_from(index_size).map_err(|_| Error::Local {
+            op: "write",
+            path: "an index of more than 4 GiB".into(),
+            source: std::io::ErrorKind::FileTooLarge.into(),
+        })?;
+        sink.write(&footer::skippable_header(content))?;
+        let index_offset = sink.position();
+        let mut sum = Sha256::new();
+        sum.update(&header);
+        sink.write(&header)?;
+        let mut buffer = vec![0; 256 << 10];
+        loop {
+            let read = spool.read(&mut buffer).map_err(cannot_spool)?;
+            if read == 0 {
+                break;
+            }
+            sum.update(&buffer[..read]);
+            sink.write(&buffer[..read])?;
+        }
+        let index_sha256 = sum.finalize().into();
+        let footer = Footer {
+            index_offset,
+            index_size,
+            raw_size,
+            index_sha256,
+        };
+        sink.write(&footer.to_bytes())?;
+        let (size, sha256) = sink.finish()?;
+        Ok(Layer {
+            id: self.id,
+            size,
+            sha256: hex(&sha256),
+            index_offset,
+            index_size,
+            index_sha256: hex(&index_sha256),
+        })
+    }
+
+    fn index(&mut self, entry: &Entry) -> Result<(), Halt> {
+        // The stamp is about this disk; it has no meaning on the store.
+        let line = Entry {
+            stamp: None,
+            ..entry.clone()
+        };
+        let written = self.lines.entry(&line);
+        Ok(written.map_err(Error::local("write", "the index under way"))?)
+    }
+}
+
+/// Where a file's bytes are: data one after the other from `start` in the tar stream, holes between them.
+fn extents(segments: &[(u64, u64)], size: u64, start: u64) -> Vec<Extent> {
+    let mut extents = Vec::with_capacity(segments.len());
+    let (mut at, mut stored) = (0, start);
+    for &(offset, length) in segments {
+        if offset > at {
+            extents.push(Extent::Hole {
+                length: offset - at,
+            });
+        }
+        if length > 0 {
+            extents.push(Extent::Data {
+                layer: 0,
+                offset: stored,
+                length,
+            });
+        }
+        stored += length;
+        at = offset + length;
+    }
+    if size > at {
+        extents.push(Extent::Hole { length: size - at });
+    }
+    extents
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn extents_cover_the_file_with_its_holes() {
+        let data = |offset, length| Extent::Data {
+            layer: 0,
+            offset,
+            length,
+        };
+        let hole = |length| Extent::Hole { length };
+        assert_eq!(extents(&[(0, 10)], 10, 512), [data(512, 10)]);
+        assert_eq!(extents(&[], 10, 512), [hole(10)]);
+        assert_eq!(extents(&[], 0, 512), []);
+        assert_eq!(
+            extents(&[(4, 2), (8, 1)], 12, 512),
+            [hole(4), data(512, 2), hole(2), data(514, 1), hole(3)]
+        );
+    }
+}

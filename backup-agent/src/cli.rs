@@ -1,0 +1,63 @@
+//! The command line: verbs and flags, nothing decided here.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+/// Keeps a directory tree as snapshots on an S3-compatible store or in a directory.
+#[derive(Debug, Parser)]
+#[command(name = "backup-agent", version, max_term_width = 100)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub verb: Verb,
+    #[command(flatten)]
+    pub flags: Flags,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Verb {
+    /// Take a snapshot of the root; uploads nothing when nothing changed
+    Backup {
+        /// Write the snapshot beside the history, as a fork: the head stays where it is
+        #[arg(long)]
+        fork: bool,
+    },
+    /// Bring a snapshot back; a tree that already equals it is left alone
+    Restore {
+        /// A snapshot's id as `list` shows it, or `latest`
+        #[arg(default_value = "latest")]
+        snapshot: String,
+        /// Unpack into this new or empty directory instead of replacing the root
+        #[arg(long, value_name = "DIR")]
+        target: Option<PathBuf>,
+    },
+    /// Show the snapshots of this instance, newest first
+    List,
+}
+
+/// Flags of every verb; each overrides its RUNTIME_ variable.
+#[derive(Debug, Args)]
+pub struct Flags {
+    /// <s3://bucket/prefix> or <file:///dir>
+    #[arg(long, global = true, value_name = "URL")]
+    pub store: Option<String>,
+    /// Instance id: whose snapshots
+    #[arg(long, global = true, value_name = "ID")]
+    pub instance: Option<String>,
+    /// The tree that is backed up
+    #[arg(long, global = true, value_name = "DIR")]
+    pub root: Option<String>,
+    /// Working files: index of the last snapshot, lock
+    #[arg(long, global = true, value_name = "DIR")]
+    pub state: Option<String>,
+    /// Hard bound of the whole command, such as 30s, 5m
+    #[arg(long, global = true, value_name = "DURATION")]
+    pub timeout: Option<String>,
+    /// One JSON object on standard output
+    #[arg(long, global = true)]
+    pub json: bool,
+    /// Nothing on standard error but errors
+    #[arg(long, short, global = true)]
+    pub quiet: bool,
+}

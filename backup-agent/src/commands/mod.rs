@@ -1,0 +1,119 @@
+//! The verbs. Each takes the settings and the store and gives an answer for people and one for programs.
+
+mod backup;
+mod list;
+mod restore;
+
+use std::sync::Arc;
+
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use serde_json::Value;
+
+use crate::{
+    cli::Verb,
+    config::Config,
+    error::Error,
+    snapshot::head::{Head, Seen},
+    state::State,
+    store::{Store, check_conditions},
+    tree::identity,
+};
+
+/// What a verb has to say when it succeeded.
+pub struct Answer {
+    /// For people, with a newline at the end.
+    pub text: String,
+    /// For programs.
+    pub json: Value,
+}
+
+/// Runs one verb to its end.
+pub async fn run(config: &Config, store: &Arc<dyn Store>, verb: &Verb) -> Result<Answer, Error> {
+    // A walk holds one descriptor for each level of the tree.
+    let raised = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
+    raised.map_err(Error::local("raise", "the limit of open files"))?;
+    if config.identity.is_some() {
+        identity::drop_groups().map_err(Error::local("drop", "supplementary groups"))?;
+    }
+    match verb {
+        Verb::Backup { fork } => backup::run(config, store.as_ref(), *fork).await,
+        Verb::Restore { snapshot, target } => {
+            restore::run(config, store.as_ref(), snapshot, target.as_deref()).await
+        }
+        Verb::List => list::run(config, store.as_ref()).await,
+    }
+}
+
+/// Finds out once whether the store can keep two writers apart, and remembers it.
+async fn trust(config: &Config, store: &dyn Store, state: &mut State) -> Result<(), Error> {
+    if state.facts.is_store_trusted {
+        return Ok(());
+    }
+    match check_conditions(store).await {
+        Err(Error::Unfenced { .. }) if config.is_unfenced_allowed => Ok(()),
+        Err(error) => Err(error),
+        Ok(()) => {
+            state.facts.is_store_trusted = true;
+            state.save()
+        }
+    }
+}
+
+/// The error of a writer that lost the head.
+fn fenced(seen: Option<&Seen>, writer: &str, fork: Option<&str>) -> Error {
+    Error::Fenced {
+        holder: seen.map_or_else(
+            || "nobody (it was removed)".to_owned(),
+            |seen| seen.head.writer.clone(),
+        ),
+        writer: writer.to_owned(),
+        kept: fork.map_or_else(String::new, |id| {
+            format!("the snapshot is kept as the fork {id}; ")
+        }),
+    }
+}
+
+/// Sizes for people.
+fn human_bytes(bytes: u64) -> String {
+    const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
+    let mut unit = 0;
+    let mut whole = bytes;
+    while whole >= 1024 && unit + 1 < UNITS.len() {
+        whole /= 1024;
+        unit += 1;
+    }
+    if unit == 0 {
+        return format!("{bytes} B");
+    }
+    let tenths = (u128::from(bytes) * 10) >> (10 * unit);
+    format!("{}.{} {}", tenths / 10, tenths % 10, UNITS[unit])
+}
+
+/// The head that follows a claim without a new snapshot.
+fn claimed(snapshot: Option<(&str, u64)>, writer: &str) -> Head {
+    Head {
+        format: crate::snapshot::record::FORMAT,
+        snapshot: snapshot.map(|(id, _)| id.to_owned()),
+        sequence: snapshot.map_or(0, |(_, sequence)| sequence),
+        writer: writer.to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_rounded_down_to_one_decimal() {
+        for (bytes, want) in [
+            (0, "0 B"),
+            (1023, "1023 B"),
+            (1024, "1.0 KiB"),
+            (1_572_864, "1.5 MiB"),
+            (u64::MAX, "16777215.9 TiB"),
+        ] {
+            assert_eq!(human_bytes(bytes), want);
+        }
+    }
+}

@@ -1,0 +1,502 @@
+//! `restore`: brings a snapshot back, whole or not at all.
+//!
+//! The tree grows beside the root, every hash is checked on the way, and only a complete one takes the root's place. Run
+//! by a runtime, the restore also claims the head: from then on the writer before it is fenced.
+
+use std::{
+    fs,
+    io::{Seek, SeekFrom},
+    path::Path,
+    time::Instant,
+};
+
+use nix::unistd::Uid;
+use serde_json::json;
+use tokio::sync::mpsc;
+
+use super::{Answer, claimed, human_bytes, trust};
+use crate::{
+    archive::{
+        entry::{Kind, compare},
+        index::IndexReader,
+        reader::{RawStream, check_header, fetch_frames, fetch_index},
+        writer::Halt,
+    },
+    config::Config,
+    error::Error,
+    log,
+    snapshot::{
+        head::{self, Seen, Swap},
+        id,
+        record::{self, Layer, Record},
+    },
+    state::{Described, LocalIndex, Racy, State, file_clock, is_tree_same},
+    store::Store,
+    tree::{
+        apply::Applier,
+        identity::with_identity,
+        scan::{self, Found, Verdict},
+        swap::Staging,
+    },
+};
+
+/// How often a runtime starts over because the old writer's last snapshot came in between. Each round needs another new
+/// snapshot, and a writer takes minutes from one to the next.
+const ROUNDS: u32 = 5;
+/// Frames that wait between download and unpacking.
+const WAITING_FRAMES: usize = 2;
+
+/// What a restore did.
+struct Done {
+    described: Described,
+    /// Nothing had to be written.
+    unchanged: bool,
+    files: u64,
+    bytes: u64,
+    downloaded: u64,
+}
+
+/// Restores `wanted` (an id or `latest`) to the root, or to `target` without touching root, state or head.
+pub async fn run(
+    config: &Config,
+    store: &dyn Store,
+    wanted: &str,
+    target: Option<&Path>,
+) -> Result<Answer, Error> {
+    let begun = Instant::now();
+    if wanted != "latest" && !id::is_valid(wanted) {
+        let problem = format!("cannot use {wanted:?}: a snapshot is `latest` or an id from `list`");
+        return Err(Error::Settings(vec![problem]));
+    }
+    let mut state = State::open(config).await?;
+    if let Some(target) = target {
+        let done = to_target(config, store, &state, wanted, target).await?;
+        return Ok(answer(&done, target, begun));
+    }
+    for _ in 0..ROUNDS {
+        if let Some(done) = to_root(config, store, &mut state, wanted).await? {
+            return Ok(answer(&done, &config.root, begun));
+        }
+        log::info("a newer snapshot came meanwhile, restoring that one", &[]);
+    }
+    Err(Error::Damaged {
+        key: head::KEY.to_owned(),
+        reason: "another instance keeps moving it".to_owned(),
+    })
+}
+
+async fn to_target(
+    config: &Config,
+    store: &dyn Store,
+    state: &State,
+    wanted: &str,
+    target: &Path,
+) -> Result<Done, Error> {
+    let target = std::path::absolute(target).map_err(Error::local("find", target))?;
+    match fs::read_dir(&target).map(|mut entries| entries.next().is_some()) {
+        Ok(true) => {
+            let problem = format!("cannot use --target: {} is not empty", target.display());
+            return Err(Error::Settings(vec![problem]));
+        }
+        Ok(false) => {}
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+        Err(error) => return Err(Error::local("list", target)(error)),
+    }
+    let seen = head::read(store).await?;
+    let record = choose(config, store, wanted, seen.as_ref()).await?;
+    let (staging, done) = stage(config, store, state, &record, &target).await?;
+    staging.put_in_place(&target)?;
+    Ok(done)
+}
+
+/// One round; `None` when the head moved while it ran.
+async fn to_root(
+    config: &Config,
+    store: &dyn Store,
+    state: &mut State,
+    wanted: &str,
+) -> Result<Option<Done>, Error> {
+    let claimer = config.boot_id.as_deref();
+    let seen = head::read(store).await?;
+    if claimer.is_some() {
+        trust(config, store, state).await?;
+        if wanted == "latest" && is_continued(config, state, seen.as_ref()).await? {
+            return carry_on(config, store, state, seen).await;
+        }
+    }
+    let record = match choose(config, store, wanted, seen.as_ref()).await {
+        Ok(record) => record,
+        Err(error @ Error::NoSnapshot { .. }) => {
+            // A fresh start: the root stays as it is, and the instance is ours from now on.
+            if let Some(writer) = claimer {
+                let Some(seen) = claim(store, seen, None, writer).await? else {
+                    return Ok(None);
+                };
+                state.facts.writer = Some(writer.to_owned());
+                state.facts.hold(seen);
+                state.remember_tree(&config.root, None)?;
+            }
+            return Err(error);
+        }
+        Err(error) => return Err(error),
+    };
+
+    if is_there_already(config, state, &record).await? {
+        let Some(seen) = take_over(store, seen, &record, claimer).await? else {
+            return Ok(None);
+        };
+        hold(state, seen, claimer);
+        let described = describe(&record);
+        state.remember_tree(&config.root, Some(described.clone()))?;
+        return Ok(Some(Done {
+            described,
+            unchanged: true,
+            files: record.totals.files,
+            bytes: record.totals.bytes,
+            downloaded: 0,
+        }));
+    }
+
+    let (staging, done) = stage(config, store, state, &record, &config.root).await?;
+    let Some(seen) = take_over(store, seen, &record, claimer).await? else {
+        staging.discard()?;
+        return Ok(None);
+    };
+    state.forget_tree()?;
+    staging.put_in_place(&config.root)?;
+    reindex(config, state, &record).await?;
+    hold(state, seen, claimer);
+    state.remember_tree(&config.root, Some(done.described.clone()))?;
+    Ok(Some(done))
+}
+
+/// Whether the tree on the disk goes on from the newest snapshot, with nobody else's in between: then it is the same or
+/// newer, and replacing it would lose what was written since (a restart after a crash, with the disk still there).
+///
+/// A tree that lost more than half of its files while nobody was looking is taken for damage, not for news.
+async fn is_continued(config: &Config, state: &State, seen: Option<&Seen>) -> Result<bool, Error> {
+    let is_ours = seen.is_some_and(|seen| Some(&seen.etag) == state.facts.etag.as_ref());
+    if !is_ours || state.facts.is_fenced || !state.is_root_known(&config.root) {
+        return Ok(false);
+    }
+    let (root, excludes) = (config.root.clone(), config.excludes.clone());
+    let files = with_identity(config.identity, "walk", move || {
+        let mut files = 0;
+        let visit = |found: Found<'_>| {
+            files += u64::from(found.entry.kind == Kind::File);
+            Ok::<_, Error>(Verdict::Taken)
+        };
+        scan::walk(&root, &excludes, visit, |_, _| ()).map(|()| files)
+    })
+    .await??;
+    let known = state.facts.snapshot.as_ref().map_or(0, |known| known.files);
+    Ok(files * 2 >= known)
+}
+
+async fn carry_on(
+    config: &Config,
+    store: &dyn Store,
+    state: &mut State,
+    seen: Option<Seen>,
+) -> Result<Option<Done>, Error> {
+    let writer = config.boot_id.as_deref().unwrap_or_default();
+    let snapshot = seen
+        .as_ref()
+        .and_then(|seen| Some((seen.head.snapshot.clone()?, seen.head.sequence)));
+    let known = state.facts.snapshot.clone();
+    let Some(seen) = claim(store, seen, snapshot.clone(), writer).await? else {
+        return Ok(None);
+    };
+    state.facts.writer = Some(writer.to_owned());
+    state.facts.hold(seen);
+    state.save()?;
+    let Some((snapshot, sequence)) = snapshot else {
+        return Err(no_snapshot(config));
+    };
+    log::info(
+        "the tree goes on from the newest snapshot and is left as it is",
+        &[("snapshot", snapshot.clone().into())],
+    );
+    let described = known
+        .filter(|known| known.id == snapshot)
+        .unwrap_or(Described {
+            id: snapshot.clone(),
+            time: record::read(store, &snapshot).await?.time,
+            sequence,
+            files: 0,
+            fork: false,
+        });
+    Ok(Some(Done {
+        unchanged: true,
+        files: described.files,
+        bytes: 0,
+        downloaded: 0,
+        described,
+    }))
+}
+
+/// The record that was asked for.
+async fn choose(
+    config: &Config,
+    store: &dyn Store,
+    wanted: &str,
+    seen: Option<&Seen>,
+) -> Result<Record, Error> {
+    if wanted != "latest" {
+        return record::read(store, wanted).await;
+    }
+    if let Some(snapshot) = seen.and_then(|seen| seen.head.snapshot.as_deref()) {
+        return record::read(store, snapshot)
+            .await
+            .map_err(|error| match error {
+                Error::UnknownSnapshot { id } => Error::Damaged {
+                    key: record::key(&id),
+                    reason: "the head names it, and it is not there".to_owned(),
+                },
+                other => other,
+            });
+    }
+    // Without a word of the head, the newest record is the latest: its writer was killed before the head moved.
+    match record::list(store).await?.last() {
+        Some(newest) => record::read(store, newest).await,
+        None => Err(no_snapshot(config)),
+    }
+}
+
+fn no_snapshot(config: &Config) -> Error {
+    Error::NoSnapshot {
+        instance: config.instance.clone(),
+        store: config.location.to_string(),
+    }
+}
+
+/// Makes the head ours after a restore; a person's restore only remembers it. `None`: it moved.
+async fn take_over(
+    store: &dyn Store,
+    seen: Option<Seen>,
+    record: &Record,
+    claimer: Option<&str>,
+) -> Result<Option<Option<Seen>>, Error> {
+    let Some(writer) = claimer else {
+        return Ok(Some(seen));
+    };
+    // An older snapshot that was asked for by name does not become the newest one by being restored.
+    let newest = match &seen {
+        Some(seen) if seen.head.snapshot.is_some() => {
+            (seen.head.snapshot.clone()).map(|id| (id, seen.head.sequence))
+        }
+        _ => Some((record.id.clone(), record.sequence)),
+    };
+    Ok(claim(store, seen, newest, writer).await?.map(Some))
+}
+
+/// Writes our name into the head. `None`: somebody moved it since it was seen.
+async fn claim(
+    store: &dyn Store,
+    seen: Option<Seen>,
+    snapshot: Option<(String, u64)>,
+    writer: &str,
+) -> Result<Option<Seen>, Error> {
+    let snapshot = snapshot.as_ref();
+    let next = claimed(
+        snapshot.map(|(id, sequence)| (id.as_str(), *sequence)),
+        writer,
+    );
+    if let Some(seen) = &seen
+        && seen.head == next
+    {
+        return Ok(Some(seen.clone()));
+    }
+    Ok(match head::swap(store, seen.as_ref(), &next).await? {
+        Swap::Moved(etag) => Some(Seen { head: next, etag }),
+        Swap::Lost(_) => None,
+    })
+}
+
+fn hold(state: &mut State, seen: Option<Seen>, claimer: Option<&str>) {
+    if let Some(writer) = claimer {
+        state.facts.writer = Some(writer.to_owned());
+    }
+    if let Some(seen) = seen {
+        state.facts.hold(seen);
+    } else {
+        state.facts.head = None;
+        state.facts.etag = None;
+        state.facts.is_fenced = false;
+    }
+}
+
+fn describe(record: &Record) -> Described {
+    Described {
+        id: record.id.clone(),
+        time: record.time.clone(),
+        sequence: record.sequence,
+        files: record.totals.files,
+        fork: false,
+    }
+}
+
+async fn is_there_already(config: &Config, state: &State, record: &Record) -> Result<bool, Error> {
+    let is_known = |known: &Described| known.id == record.id;
+    if !state.facts.snapshot.as_ref().is_some_and(is_known) || !state.is_root_known(&config.root) {
+        return Ok(false);
+    }
+    let Some(index) = state.index() else {
+        return Ok(false);
+    };
+    let (root, excludes) = (config.root.clone(), config.excludes.clone());
+    let snapshot = record.id.clone();
+    with_identity(config.identity, "walk", move || {
+        is_tree_same(&root, &excludes, index, &snapshot, Racy::Read)
+    })
+    .await?
+}
+
+/// Makes the whole tree of a snapshot beside `place`; nothing stays behind when that fails.
+async fn stage(
+    config: &Config,
+    store: &dyn Store,
+    state: &State,
+    record: &Record,
+    place: &Path,
+) -> Result<(Staging, Done), Error> {
+    let staging = Staging::new(place, config.identity)?;
+    match unpack(config, store, state, record, &staging).await {
+        Ok(done) => Ok((staging, done)),
+        Err(error) => {
+            if let Err(leftover) = staging.discard() {
+                log::warn(
+                    "a partial restore stays on the disk until the next one",
+                    &[("error", leftover.to_string().into())],
+                );
+            }
+            Err(error)
+        }
+    }
+}
+
+/// Downloads, checks and unpacks a snapshot.
+async fn unpack(
+    config: &Config,
+    store: &dyn Store,
+    state: &State,
+    record: &Record,
+    staging: &Staging,
+) -> Result<Done, Error> {
+    let layer = only_layer(record)?;
+    let mut index = state.scratch("layer-index.new")?;
+    fetch_index(store, &layer, &mut index).await?;
+    index
+        .seek(SeekFrom::Start(0))
+        .map_err(Error::local("read", "the index under way"))?;
+    let unreadable = {
+        let key = record::layer_key(&layer.id);
+        move |error: std::io::Error| Error::Damaged {
+            key: key.clone(),
+            reason: format!("its index cannot be read: {error}"),
+        }
+    };
+    let mut lines = IndexReader::new(index).map_err(&unreadable)?;
+    let table = check_header(&layer, lines.line().map_err(&unreadable)?)?.frames;
+
+    let (sender, receiver) = mpsc::channel(WAITING_FRAMES);
+    let mut raw = RawStream::new(layer.clone(), table.clone(), receiver)?;
+    let is_owner_kept = Uid::effective().is_root() && config.identity.is_none();
+    let mut applier = Applier::new(staging.fd()?, is_owner_kept, record::layer_key(&layer.id));
+    let write = with_identity(config.identity, "writer", move || {
+        while let Some(entry) = lines.entry().map_err(&unreadable)? {
+            applier.apply(entry, &mut raw)?;
+        }
+        Ok::<_, Halt>(applier.finish()?)
+    });
+    let (fetched, written) = tokio::join!(fetch_frames(store, &layer, &table, sender), write);
+    let (files, bytes) = match (fetched.as_ref(), written?) {
+        (_, Ok(done)) => done,
+        (_, Err(Halt::Failed(error))) => return Err(error),
+        (Err(_), Err(Halt::Stopped)) => (0, 0),
+        (Ok(_), Err(Halt::Stopped)) => return Err(Error::Internal("download")),
+    };
+    Ok(Done {
+        described: describe(record),
+        unchanged: false,
+        files,
+        bytes,
+        downloaded: fetched? + layer.index_size,
+    })
+}
+
+/// The layer of a snapshot; this version writes and reads snapshots of one whole layer.
+fn only_layer(record: &Record) -> Result<Layer, Error> {
+    match &record.layers[..] {
+        [layer] => Ok(layer.clone()),
+        layers => Err(Error::Damaged {
+            key: record::key(&record.id),
+            reason: format!("it has {} layers, this version reads one", layers.len()),
+        }),
+    }
+}
+
+/// Writes the local index of the tree that was just restored: hashes from the layer, stamps from the disk.
+async fn reindex(config: &Config, state: &State, record: &Record) -> Result<(), Error> {
+    let layer_index = state.read_scratch("layer-index.new")?;
+    let index = state.index_under_way()?;
+    let (root, excludes) = (config.root.clone(), config.excludes.clone());
+    let snapshot = record.id.clone();
+    with_identity(config.identity, "walk", move || {
+        let cannot_read = || Error::local("read", "the index under way");
+        let mut lines = IndexReader::new(layer_index).map_err(cannot_read())?;
+        // The header was judged before the restore.
+        lines.line().map_err(cannot_read())?;
+        let mut index = LocalIndex::new(index, &snapshot, file_clock()?)?;
+        let mut line = lines.entry().map_err(cannot_read())?;
+        let visit = |found: Found<'_>| {
+            let mut entry = found.entry;
+            while let Some(known) = line.take_if(|known| compare(&known.path, &entry.path).is_le())
+            {
+                line = lines.entry().map_err(cannot_read())?;
+                if known.path == entry.path {
+                    entry.sha256 = known.sha256;
+                    entry.extents = known.extents;
+                    entry.xattrs = known.xattrs;
+                }
+            }
+            index.entry(&entry)?;
+            Ok::<_, Error>(Verdict::Taken)
+        };
+        scan::walk(&root, &excludes, visit, |_, _| ())?;
+        index.finish()
+    })
+    .await??;
+    state.keep_index()
+}
+
+fn answer(done: &Done, place: &Path, begun: Instant) -> Answer {
+    let took = begun.elapsed();
+    let described = &done.described;
+    let text = if done.unchanged {
+        format!(
+            "{} is up to date with snapshot {}\n",
+            place.display(),
+            described.id
+        )
+    } else {
+        format!(
+            "restored snapshot {} to {}: {} files, {} in {:.1} s\n",
+            described.id,
+            place.display(),
+            done.files,
+            human_bytes(done.bytes),
+            took.as_secs_f64(),
+        )
+    };
+    let json = json!({
+        "snapshot": described.id,
+        "time": described.time,
+        "unchanged": done.unchanged,
+        "files": done.files,
+        "bytes": done.bytes,
+        "bytesDownloaded": done.downloaded,
+        "durationMs": u64::try_from(took.as_millis()).unwrap_or(u64::MAX),
+    });
+    Answer { text, json }
+}

@@ -1,0 +1,127 @@
+//! Everything that can go wrong, as sentences for people and exit codes for programs (docs/api.md, "Exit codes").
+
+use std::{fmt, io, path::PathBuf, time::Duration};
+
+use crate::store::StoreError;
+
+/// Why a command failed.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// One or more settings or flags cannot be used; every bad one has its line.
+    #[error("{}", .0.join("\nbackup-agent: "))]
+    Settings(Vec<String>),
+    /// A local file or directory could not be used.
+    #[error("cannot {op} {}", .path.display())]
+    Local {
+        op: &'static str,
+        path: PathBuf,
+        source: io::Error,
+    },
+    /// The store did not do what it was asked.
+    #[error("cannot {op} {key} on the store")]
+    Store {
+        op: &'static str,
+        key: String,
+        source: StoreError,
+    },
+    /// The store takes every write whatever its condition, so two writers could destroy each other's snapshots.
+    #[error(
+        "cannot trust this store: it ignores conditional writes ({broken}); \
+         use another one, or set RUNTIME_STORE_UNFENCED=allow if no second writer can ever exist"
+    )]
+    Unfenced { broken: &'static str },
+    /// There is nothing to restore.
+    #[error("there is no snapshot of instance {instance} on {store}")]
+    NoSnapshot { instance: String, store: String },
+    /// The snapshot that was asked for does not exist.
+    #[error("there is no snapshot {id}; `backup-agent list` shows those that exist")]
+    UnknownSnapshot { id: String },
+    /// Something on the store is not what was written there.
+    #[error("cannot trust {key}: {reason}")]
+    Damaged { key: String, reason: String },
+    /// Another writer holds the head.
+    #[error(
+        "another instance took over: the head belongs to {holder}, this writer is {writer}; \
+         {kept}`backup-agent restore` takes the head back with the newest snapshot"
+    )]
+    Fenced {
+        holder: String,
+        writer: String,
+        /// Empty, or a sentence about the fork that was kept, with a trailing space.
+        kept: String,
+    },
+    /// The bound of the whole operation ran out.
+    #[error("stopped after {}: the time bound ran out; the store holds what it held before", Seconds(*.0))]
+    Timeout(Duration),
+    /// A signal asked to stop.
+    #[error("stopped by {}; the store holds what it held before", if *.0 == 2 { "SIGINT" } else { "SIGTERM" })]
+    Interrupted(i32),
+    /// A thread of the agent ended without a word: a bug.
+    #[error("internal error: the {0} ended without a result; please report it")]
+    Internal(&'static str),
+}
+
+impl Error {
+    /// A closure for `map_err` on input and output with local files.
+    pub fn local<S: Into<io::Error>>(
+        op: &'static str,
+        path: impl Into<PathBuf>,
+    ) -> impl FnOnce(S) -> Self {
+        move |source| Self::Local {
+            op,
+            path: path.into(),
+            source: source.into(),
+        }
+    }
+
+    /// A closure for `map_err` on calls of the store.
+    pub fn store(op: &'static str, key: impl Into<String>) -> impl FnOnce(StoreError) -> Self {
+        move |source| Self::Store {
+            op,
+            key: key.into(),
+            source,
+        }
+    }
+
+    /// The exit code and the word that names it in JSON.
+    pub fn code(&self) -> (u8, &'static str) {
+        match self {
+            Self::Internal(_) => (1, "internal"),
+            Self::NoSnapshot { .. } | Self::UnknownSnapshot { .. } => (10, "no_snapshot"),
+            Self::Damaged { .. } => (11, "damaged"),
+            Self::Fenced { .. } => (12, "fenced"),
+            Self::Settings(_) | Self::Unfenced { .. } => (64, "usage"),
+            Self::Local { .. } => (74, "local"),
+            Self::Store { .. } => (75, "store_unavailable"),
+            Self::Timeout(_) => (124, "timeout"),
+            Self::Interrupted(signal) => (if *signal == 2 { 130 } else { 143 }, "interrupted"),
+        }
+    }
+}
+
+/// An error with its causes, in one line.
+pub struct Chain<'a>(pub &'a dyn std::error::Error);
+
+impl fmt::Display for Chain<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.0)?;
+        let mut source = self.0.source();
+        while let Some(cause) = source {
+            write!(f, ": {cause}")?;
+            source = cause.source();
+        }
+        Ok(())
+    }
+}
+
+struct Seconds(Duration);
+
+impl fmt::Display for Seconds {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.0.subsec_millis() == 0 {
+            write!(f, "{} s", self.0.as_secs())
+        } else {
+            write!(f, "{} ms", self.0.as_millis())
+        }
+    }
+}

@@ -1,0 +1,74 @@
+//! The head, `head.json`: the one mutable object. It names the newest snapshot and the writer who may name the next one.
+//!
+//! It moves by compare-and-swap only, so of two writers one always learns about the other, and no snapshot is overwritten.
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    error::Error,
+    snapshot::{record::FORMAT, sealed},
+    store::{Store, StoreError},
+};
+
+/// Key of the head below the instance.
+pub const KEY: &str = "head.json";
+
+/// The content of the head.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Head {
+    pub format: u32,
+    /// The newest snapshot; none yet where a runtime took an empty store.
+    pub snapshot: Option<String>,
+    /// Sequence of that snapshot, 0 when there is none.
+    pub sequence: u64,
+    /// Boot id of the runtime that holds the head.
+    pub writer: String,
+}
+
+/// The head as it was seen, with what a swap compares.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Seen {
+    pub head: Head,
+    pub etag: String,
+}
+
+/// The outcome of a swap.
+pub enum Swap {
+    /// The head is ours; the tag of what is there now.
+    Moved(String),
+    /// Somebody else's head is there.
+    Lost(Option<Seen>),
+}
+
+/// Reads the head; `None` when the store has none.
+pub async fn read(store: &dyn Store) -> Result<Option<Seen>, Error> {
+    match store.get(KEY).await {
+        Ok((bytes, etag)) => {
+            let head: Head = sealed::open(KEY, &bytes)?;
+            if head.format != FORMAT {
+                return Err(Error::Damaged {
+                    key: KEY.to_owned(),
+                    reason: format!("it has format {}, this tool reads {FORMAT}", head.format),
+                });
+            }
+            Ok(Some(Seen { head, etag }))
+        }
+        Err(StoreError::NotFound) => Ok(None),
+        Err(error) => Err(Error::store("read", KEY)(error)),
+    }
+}
+
+/// Moves the head, if it still is what was seen (`None`: if there is none).
+pub async fn swap(store: &dyn Store, seen: Option<&Seen>, next: &Head) -> Result<Swap, Error> {
+    let expected = seen.map(|seen| seen.etag.as_str());
+    match store.put_if(KEY, sealed::seal(next), expected).await {
+        Ok(etag) => Ok(Swap::Moved(etag)),
+        // Our own write may have taken effect while its answer was lost: look before judging.
+        Err(StoreError::Conflict) => Ok(match read(store).await? {
+            Some(now) if now.head == *next => Swap::Moved(now.etag),
+            now => Swap::Lost(now),
+        }),
+        Err(error) => Err(Error::store("write", KEY)(error)),
+    }
+}

@@ -1,0 +1,82 @@
+//! Names that sort by time: `20260102T030405006Z-89abcdef`.
+
+use jiff::{Timestamp, tz::TimeZone};
+
+/// The time now, in milliseconds, as an id has it and as RFC 3339.
+pub fn now() -> (String, String) {
+    let now = Timestamp::now();
+    let text = |format| now.to_zoned(TimeZone::UTC).strftime(format).to_string();
+    (text("%Y%m%dT%H%M%S%3fZ"), text("%Y-%m-%dT%H:%M:%S.%3fZ"))
+}
+
+/// A new id for a snapshot or a layer and the time it stands for, in RFC 3339.
+pub fn new() -> Result<(String, String), std::io::Error> {
+    let (time, rfc3339) = now();
+    Ok((format!("{time}-{}", random_hex::<4>()?), rfc3339))
+}
+
+/// `N` random bytes in hexadecimal.
+pub fn random_hex<const N: usize>() -> Result<String, std::io::Error> {
+    let mut bytes = [0; N];
+    rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty())?;
+    Ok(hex(&bytes))
+}
+
+/// Bytes in lower-case hexadecimal.
+pub fn hex(bytes: &[u8]) -> String {
+    use std::fmt::Write;
+    bytes
+        .iter()
+        .fold(String::with_capacity(2 * bytes.len()), |mut text, byte| {
+            // Writing to a string cannot fail.
+            let _ = write!(text, "{byte:02x}");
+            text
+        })
+}
+
+/// Whether the text has the form of an id. Ids become keys and file names, so nothing else may pass.
+pub fn is_valid(text: &str) -> bool {
+    let Some((time, suffix)) = text.split_once('-') else {
+        return false;
+    };
+    time.len() == 19
+        && time.bytes().enumerate().all(|(at, byte)| match at {
+            8 => byte == b'T',
+            18 => byte == b'Z',
+            _ => byte.is_ascii_digit(),
+        })
+        && suffix.len() == 8
+        && suffix.bytes().all(|byte| byte.is_ascii_hexdigit())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ids_are_valid_unique_and_sort_by_time() {
+        let (first, time) = new().expect("the kernel has random bytes");
+        let (second, _) = new().expect("the kernel has random bytes");
+        assert!(is_valid(&first), "{first}");
+        assert_ne!(first, second);
+        assert!(first[..19] <= second[..19]);
+        assert_eq!(time.len(), "2026-01-02T03:04:05.006Z".len());
+        assert!(time.parse::<Timestamp>().is_ok(), "{time}");
+    }
+
+    #[test]
+    fn what_could_leave_the_prefix_is_no_id() {
+        for bad in [
+            "",
+            "latest",
+            "../../etc/passwd",
+            "20260102T030405006Z",
+            "20260102T030405006Z-89abcde/",
+            "20260102T030405006Z-89abcdef0",
+            "20260102X030405006Z-89abcdef",
+        ] {
+            assert!(!is_valid(bad), "{bad}");
+        }
+        assert!(is_valid("20260102T030405006Z-89abcdef"));
+    }
+}

@@ -1,0 +1,6 @@
+//! Snapshots as the store has them: ids, records, the head. What is inside of a layer is `archive`'s.
+
+pub mod head;
+pub mod id;
+pub mod record;
+pub mod sealed;

@@ -1,0 +1,381 @@
+//! What the runtime remembers between runs, in a directory that only it can read: which snapshot the tree was last equal
+//! to, the index of that snapshot, the head as last seen, and the lock that keeps two runs apart.
+//!
+//! All of it can be lost: the next backup is then a whole one, and the next restore downloads everything.
+
+use std::{
+    fs::{self, DirBuilder, File, OpenOptions},
+    io::{self, Write},
+    os::unix::fs::{DirBuilderExt, OpenOptionsExt},
+    path::{Path, PathBuf},
+};
+
+use nix::time::{ClockId, clock_gettime};
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    archive::{
+        entry::{Entry, Kind},
+        index::{IndexReader, IndexWriter},
+    },
+    config::Config,
+    error::Error,
+    log,
+    snapshot::{
+        head::{Head, Seen},
+        id::hex,
+        sealed,
+    },
+    tree::{
+        exclude::Excludes,
+        read,
+        scan::{self, Found, Verdict},
+    },
+};
+
+/// The remembered facts.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Facts {
+    /// The store and instance that this is about.
+    pub place: String,
+    /// In whose name snapshots are written.
+    pub writer: Option<String>,
+    /// The head as it was when it was last ours.
+    pub head: Option<Head>,
+    pub etag: Option<String>,
+    /// The snapshot that the index describes.
+    pub snapshot: Option<Described>,
+    /// The directory that carries on from that.
+    pub root: Option<RootId>,
+    /// Another writer took the head; only a restore changes that.
+    pub is_fenced: bool,
+    /// The store was found to honour conditional writes.
+    pub is_store_trusted: bool,
+}
+
+/// What tells a directory from another one that was made later under the same name. Inode numbers are used again at once,
+/// so the time of birth counts too, where the file system knows it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RootId {
+    device: u64,
+    inode: u64,
+    born: i64,
+}
+
+/// A snapshot in a few words.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Described {
+    pub id: String,
+    pub time: String,
+    pub sequence: u64,
+    pub files: u64,
+    pub fork: bool,
+}
+
+/// The state directory, locked for this process.
+pub struct State {
+    directory: PathBuf,
+    pub facts: Facts,
+    _lock: File,
+}
+
+/// First line of the local index.
+#[derive(Serialize, Deserialize)]
+struct LocalHeader {
+    snapshot: String,
+    /// The file systems' clock when the walk began. What has a later change time may have changed again unseen.
+    started: i64,
+}
+
+/// The time that file systems give to files now: it advances in ticks of some milliseconds.
+pub fn file_clock() -> Result<i64, Error> {
+    let now =
+        clock_gettime(ClockId::CLOCK_REALTIME_COARSE).map_err(Error::local("read", "the clock"))?;
+    Ok(now.tv_sec() * 1_000_000_000 + now.tv_nsec())
+}
+
+impl State {
+    /// Opens the directory and waits for its lock, for as long as the caller's bound lasts.
+    pub async fn open(config: &Config) -> Result<Self, Error> {
+        let directory = config.state.clone();
+        let lock = tokio::task::spawn_blocking(move || lock(&directory))
+            .await
+            .map_err(|_| Error::Internal("lock's thread"))??;
+        let mut facts = Facts::default();
+        let path = config.state.join(FACTS);
+        match fs::read(&path) {
+            Ok(bytes) => match sealed::open(FACTS, &bytes) {
+                Ok(known) => facts = known,
+                Err(error) => log::warn(
+                    "state is damaged and ignored",
+                    &[("error", error.to_string().into())],
+                ),
+            },
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(Error::local("read", path)(error)),
+        }
+        if facts.place != config.place() {
+            facts = Facts {
+                place: config.place(),
+                ..Facts::default()
+            };
+        }
+        Ok(Self {
+            directory: config.state.clone(),
+            facts,
+            _lock: lock,
+        })
+    }
+
+    /// Writes the facts down, whole or not at all.
+    pub fn save(&self) -> Result<(), Error> {
+        self.replace(FACTS, |mut file| file.write_all(&sealed::seal(&self.facts)))
+    }
+
+    /// Forgets what the tree was equal to. Done before the tree is replaced: a kill in the middle must not leave a word
+    /// about a tree that is gone.
+    pub fn forget_tree(&mut self) -> Result<(), Error> {
+        self.facts.snapshot = None;
+        self.facts.root = None;
+        self.save()
+    }
+
+    /// Remembers the tree: `described` is what it equals (nothing yet, where it starts empty).
+    pub fn remember_tree(
+        &mut self,
+        root: &Path,
+        described: Option<Described>,
+    ) -> Result<(), Error> {
+        self.facts.root = root_id(root);
+        self.facts.snapshot = described;
+        self.save()
+    }
+
+    /// Whether the root is the very directory that carries on from what was last seen.
+    pub fn is_root_known(&self, root: &Path) -> bool {
+        self.facts.root.is_some() && self.facts.root == root_id(root)
+    }
+
+    /// An empty file for an index under way, and where to put it when it is whole.
+    pub fn index_under_way(&self) -> Result<File, Error> {
+        self.scratch("index.new")
+    }
+
+    /// The index under way, to be read after it was written.
+    pub fn read_index_under_way(&self) -> Result<File, Error> {
+        self.read_scratch("index.new")
+    }
+
+    /// Makes the index under way the index of the last snapshot.
+    pub fn keep_index(&self) -> Result<(), Error> {
+        let from = self.directory.join("index.new");
+        fs::rename(&from, self.directory.join(INDEX)).map_err(Error::local("rename", from))
+    }
+
+    /// An empty working file of the runtime's own.
+    pub fn scratch(&self, name: &str) -> Result<File, Error> {
+        let path = self.directory.join(name);
+        private(true)
+            .open(&path)
+            .map_err(Error::local("write", path))
+    }
+
+    /// A working file, to be read after it was written.
+    pub fn read_scratch(&self, name: &str) -> Result<File, Error> {
+        let path = self.directory.join(name);
+        File::open(&path).map_err(Error::local("read", path))
+    }
+
+    /// The index of the last snapshot, if there is one to compare with.
+    pub fn index(&self) -> Option<File> {
+        self.facts.snapshot.as_ref()?;
+        File::open(self.directory.join(INDEX)).ok()
+    }
+
+    fn replace(&self, name: &str, fill: impl FnOnce(&File) -> io::Result<()>) -> Result<(), Error> {
+        let path = self.directory.join(name);
+        let new = self.directory.join(format!("{name}.new"));
+        private(true)
+            .open(&new)
+            .and_then(|file| {
+                fill(&file)?;
+                file.sync_all()
+            })
+            .and_then(|()| fs::rename(&new, &path))
+            .map_err(Error::local("write", path))
+    }
+}
+
+const FACTS: &str = "state.json";
+const INDEX: &str = "index";
+
+fn private(truncate: bool) -> OpenOptions {
+    let mut options = OpenOptions::new();
+    options
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(truncate)
+        .mode(0o600);
+    options
+}
+
+fn lock(directory: &Path) -> Result<File, Error> {
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(directory)
+        .map_err(Error::local("make", directory))?;
+    let path = directory.join("lock");
+    private(false)
+        .open(&path)
+        .and_then(|file| {
+            file.lock()?;
+            Ok(file)
+        })
+        .map_err(Error::local("lock", path))
+}
+
+fn root_id(root: &Path) -> Option<RootId> {
+    use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
+
+    let wanted = StatxFlags::BASIC_STATS | StatxFlags::BTIME;
+    let status = statx(CWD, root, AtFlags::SYMLINK_NOFOLLOW, wanted).ok()?;
+    let born = status.stx_btime;
+    Some(RootId {
+        device: rustix::fs::makedev(status.stx_dev_major, status.stx_dev_minor),
+        inode: status.stx_ino,
+        born: born.tv_sec.saturating_mul(1_000_000_000) + i64::from(born.tv_nsec),
+    })
+}
+
+/// Writes a local index: the header, then every entry with its stamp.
+pub struct LocalIndex(IndexWriter);
+
+impl LocalIndex {
+    pub fn new(file: File, snapshot: &str, started: i64) -> Result<Self, Error> {
+        let header = LocalHeader {
+            snapshot: snapshot.to_owned(),
+            started,
+        };
+        let line = serde_json::to_vec(&header)
+            .expect("a header has string keys and no failing serializer");
+        IndexWriter::new(file)
+            .and_then(|mut index| {
+                index.line(&line)?;
+                Ok(Self(index))
+            })
+            .map_err(Error::local("write", "the index under way"))
+    }
+
+    pub fn entry(&mut self, entry: &Entry) -> Result<(), Error> {
+        self.0
+            .entry(entry)
+            .map_err(Error::local("write", "the index under way"))
+    }
+
+    pub fn finish(self) -> Result<(), Error> {
+        self.0
+            .finish()
+            .and_then(|file| file.sync_all())
+            .map_err(Error::local("write", "the index under way"))
+    }
+}
+
+/// How to judge a file that changed in the same tick of the clock as the walk that wrote the index.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Racy {
+    /// Read it and compare its hash.
+    Read,
+    /// Count it as changed.
+    Changed,
+}
+
+/// Whether the tree is exactly what the index of `snapshot` has. Stops at the first difference.
+pub fn is_tree_same(
+    root: &Path,
+    excludes: &Excludes,
+    index: File,
+    snapshot: &str,
+    racy: Racy,
+) -> Result<bool, Error> {
+    let Ok(mut index) = IndexReader::new(index) else {
+        return Ok(false);
+    };
+    let header: Option<LocalHeader> = index
+        .line()
+        .ok()
+        .flatten()
+        .and_then(|line| serde_json::from_slice(line).ok());
+    let Some(header) = header.filter(|header| header.snapshot == snapshot) else {
+        return Ok(false);
+    };
+    let visit = |found: Found<'_>| {
+        // A damaged index is as good as none: everything is read again.
+        let known = index.entry().ok().flatten().ok_or(Walk::Differs)?;
+        let is_racy = found
+            .entry
+            .stamp
+            .is_none_or(|stamp| stamp.ctime >= header.started);
+        if !scan::is_same(&found.entry, &known) {
+            return Err(Walk::Differs);
+        }
+        if is_racy && (racy == Racy::Changed || !has_hash(&found, &known)) {
+            return Err(Walk::Differs);
+        }
+        Ok(Verdict::Taken)
+    };
+    // What could not be kept then cannot be kept now; a word about it each time would bury the others.
+    match scan::walk(root, excludes, visit, |_, _| ()) {
+        Ok(()) => Ok(matches!(index.entry(), Ok(None))),
+        Err(Walk::Differs) => Ok(false),
+        Err(Walk::Failed(error)) => Err(error),
+    }
+}
+
+enum Walk {
+    Differs,
+    Failed(Error),
+}
+
+impl From<Error> for Walk {
+    fn from(error: Error) -> Self {
+        Self::Failed(error)
+    }
+}
+
+/// Whether a file's content is what the index says; other types have nothing but their status.
+fn has_hash(found: &Found<'_>, known: &Entry) -> bool {
+    use sha2::{Digest, Sha256};
+
+    if known.kind != Kind::File {
+        return true;
+    }
+    let Ok(Some(mut content)) = read::open(found.parent, found.name) else {
+        return false;
+    };
+    let mut sum = Sha256::new();
+    let all: Result<(), std::convert::Infallible> = content.read(|bytes| {
+        sum.update(bytes);
+        Ok(())
+    });
+    all.is_ok() && known.sha256 == Some(hex(&sum.finalize()))
+}
+
+impl Facts {
+    /// The head as last seen, in the form that a swap compares.
+    pub fn seen(&self) -> Option<Seen> {
+        Some(Seen {
+            head: self.head.clone()?,
+            etag: self.etag.clone()?,
+        })
+    }
+
+    /// Remembers the head as ours.
+    pub fn hold(&mut self, seen: Seen) {
+        self.head = Some(seen.head);
+        self.etag = Some(seen.etag);
+        self.is_fenced = false;
+    }
+}

@@ -1,0 +1,212 @@
+//! A store in a directory: objects are files, written beside their place and renamed into it.
+//!
+//! Layers hold the gateway's secrets, so everything is readable by the owner only. Conditional writes compare under an
+//! advisory lock, which holds between processes of one machine and on network file systems that support it.
+
+use std::{
+    fs::{self, DirBuilder, File, OpenOptions},
+    io::{self, Read, Seek, SeekFrom, Write},
+    os::unix::fs::{DirBuilderExt, OpenOptionsExt},
+    path::{Path, PathBuf},
+};
+
+use hyper::body::Bytes;
+use sha2::{Digest, Sha256};
+use tokio::sync::mpsc;
+
+use super::{Part, Pending, SMALL_OBJECT, Store, StoreError};
+use crate::snapshot::id;
+
+/// Names that begin so are not objects: the lock and files under way.
+const HIDDEN: char = '.';
+
+/// Objects below one directory.
+#[derive(Debug)]
+pub struct Directory {
+    base: PathBuf,
+    /// Name of this process's files under way, so that they are told from another writer's.
+    under_way: String,
+}
+
+impl Directory {
+    /// A store below `base`, which is made at the first write.
+    pub fn new(base: PathBuf) -> Result<Self, io::Error> {
+        Ok(Self {
+            base,
+            under_way: format!("{HIDDEN}under-way-{}", id::random_hex::<8>()?),
+        })
+    }
+
+    /// Runs file work on a thread of its own, so that a dead file system cannot hold up the time bound.
+    fn blocking<'a, T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Path, &str) -> Result<T, StoreError> + Send + 'static,
+    ) -> Pending<'a, T> {
+        let (base, under_way) = (self.base.clone(), self.under_way.clone());
+        Box::pin(async move {
+            match tokio::task::spawn_blocking(move || work(&base, &under_way)).await {
+                Ok(result) => result,
+                Err(_) => Err(StoreError::Protocol(
+                    "the file thread ended without a result",
+                )),
+            }
+        })
+    }
+}
+
+impl Store for Directory {
+    fn get<'a>(&'a self, key: &'a str) -> Pending<'a, (Vec<u8>, String)> {
+        let key = key.to_owned();
+        self.blocking(move |base, _| {
+            let bytes = read_small(&base.join(key))?;
+            let tag = tag(&bytes);
+            Ok((bytes, tag))
+        })
+    }
+
+    fn get_range<'a>(&'a self, key: &'a str, offset: u64, length: usize) -> Pending<'a, Bytes> {
+        let key = key.to_owned();
+        self.blocking(move |base, _| {
+            let mut file = File::open(base.join(key)).map_err(missing)?;
+            file.seek(SeekFrom::Start(offset))?;
+            let mut bytes = vec![0; length];
+            file.read_exact(&mut bytes)?;
+            Ok(bytes.into())
+        })
+    }
+
+    fn put_if<'a>(
+        &'a self,
+        key: &'a str,
+        bytes: Vec<u8>,
+        expected: Option<&'a str>,
+    ) -> Pending<'a, String> {
+        let (key, expected) = (key.to_owned(), expected.map(str::to_owned));
+        self.blocking(move |base, under_way| {
+            let path = base.join(key);
+            make_parent(&path)?;
+            let lock = private().create(true).open(base.join(".lock"))?;
+            lock.lock()?;
+            let found = match read_small(&path) {
+                Ok(now) => Some(tag(&now)),
+                Err(StoreError::NotFound) => None,
+                Err(error) => return Err(error),
+            };
+            if found != expected {
+                return Err(StoreError::Conflict);
+            }
+            let (mut file, under_way) = begin(&path, under_way)?;
+            file.write_all(&bytes)?;
+            finish(&file, &under_way, &path)?;
+            Ok(tag(&bytes))
+        })
+    }
+
+    fn upload<'a>(&'a self, key: &'a str, mut parts: mpsc::Receiver<Part>) -> Pending<'a, ()> {
+        let key = key.to_owned();
+        self.blocking(move |base, under_way| {
+            let path = base.join(key);
+            make_parent(&path)?;
+            let (mut file, under_way) = begin(&path, under_way)?;
+            loop {
+                let part = parts.blocking_recv().ok_or(StoreError::Abandoned)?;
+                file.write_all(&part.bytes)?;
+                if part.is_last {
+                    return finish(&file, &under_way, &path);
+                }
+            }
+        })
+    }
+
+    fn list<'a>(&'a self, prefix: &'a str) -> Pending<'a, Vec<String>> {
+        let prefix = prefix.to_owned();
+        self.blocking(move |base, _| {
+            let mut names = Vec::new();
+            match fs::read_dir(base.join(&prefix)) {
+                Ok(entries) => {
+                    for entry in entries {
+                        let entry = entry?;
+                        let name = entry.file_name().to_string_lossy().into_owned();
+                        if !name.starts_with(HIDDEN) && entry.file_type()?.is_file() {
+                            names.push(format!("{prefix}{name}"));
+                        }
+                    }
+                }
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(error.into()),
+            }
+            Ok(names)
+        })
+    }
+
+    fn delete<'a>(&'a self, key: &'a str) -> Pending<'a, ()> {
+        let key = key.to_owned();
+        self.blocking(move |base, _| match fs::remove_file(base.join(key)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error.into()),
+            _ => Ok(()),
+        })
+    }
+
+    fn abort_uploads(&self) -> Pending<'_, ()> {
+        self.blocking(move |base, under_way| {
+            for place in ["", "layers", "snapshots"] {
+                let _ = fs::remove_file(base.join(place).join(under_way));
+            }
+            Ok(())
+        })
+    }
+}
+
+fn missing(error: io::Error) -> StoreError {
+    if error.kind() == io::ErrorKind::NotFound {
+        StoreError::NotFound
+    } else {
+        error.into()
+    }
+}
+
+fn read_small(path: &Path) -> Result<Vec<u8>, StoreError> {
+    let mut bytes = Vec::new();
+    let limit = SMALL_OBJECT as u64 + 1;
+    File::open(path)
+        .map_err(missing)?
+        .take(limit)
+        .read_to_end(&mut bytes)?;
+    if bytes.len() > SMALL_OBJECT {
+        return Err(StoreError::Protocol("the object is far too large"));
+    }
+    Ok(bytes)
+}
+
+fn tag(bytes: &[u8]) -> String {
+    id::hex(&Sha256::digest(bytes))
+}
+
+fn private() -> OpenOptions {
+    let mut options = OpenOptions::new();
+    options.write(true).mode(0o600);
+    options
+}
+
+fn make_parent(path: &Path) -> Result<(), StoreError> {
+    let parent = path.parent().unwrap_or(Path::new("/"));
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(parent)?;
+    Ok(())
+}
+
+fn begin(path: &Path, name: &str) -> Result<(File, PathBuf), StoreError> {
+    let under_way = path.with_file_name(name);
+    let file = private().create(true).truncate(true).open(&under_way)?;
+    Ok((file, under_way))
+}
+
+/// Makes a file visible under its name, after its bytes are on the disk.
+fn finish(file: &File, under_way: &Path, path: &Path) -> Result<(), StoreError> {
+    file.sync_all()?;
+    fs::rename(under_way, path)?;
+    File::open(path.parent().unwrap_or(Path::new("/")))?.sync_all()?;
+    Ok(())
+}

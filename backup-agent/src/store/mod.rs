@@ -1,0 +1,162 @@
+//! The store: a flat space of objects below one prefix, in a directory or on S3.
+//!
+//! Keys are relative to the instance. Every call is bounded in time and memory; what is transient has been retried already
+//! when an error comes back.
+
+mod dir;
+mod http;
+mod retry;
+mod s3;
+
+use std::{io, pin::Pin, sync::Arc, time::Duration};
+
+use hyper::body::Bytes;
+use tokio::sync::mpsc;
+
+use crate::{
+    config::{Config, Location},
+    error::Error,
+    snapshot::id,
+};
+
+/// What a call of the store comes back with.
+pub type Pending<'a, T> = Pin<Box<dyn Future<Output = Result<T, StoreError>> + 'a>>;
+
+/// A piece of an object under way. All but the last are of one size, as R2 asks of multipart uploads.
+pub struct Part {
+    pub bytes: Bytes,
+    /// No part follows. A channel that closes without this was abandoned by its sender: nothing is made visible.
+    pub is_last: bool,
+}
+
+/// Largest object that [`Store::get`] takes: records and heads have a few hundred bytes for each layer.
+pub const SMALL_OBJECT: usize = 1 << 20;
+
+/// A place that keeps objects.
+pub trait Store {
+    /// A small object whole, and its entity tag.
+    fn get<'a>(&'a self, key: &'a str) -> Pending<'a, (Vec<u8>, String)>;
+
+    /// Exactly `length` bytes from `offset` on.
+    fn get_range<'a>(&'a self, key: &'a str, offset: u64, length: usize) -> Pending<'a, Bytes>;
+
+    /// Writes a small object if its tag is `expected`, or, for `None`, if there is none; gives the new tag.
+    /// [`StoreError::Conflict`] when it is not so.
+    fn put_if<'a>(
+        &'a self,
+        key: &'a str,
+        bytes: Vec<u8>,
+        expected: Option<&'a str>,
+    ) -> Pending<'a, String>;
+
+    /// Writes an object of any size from parts as they arrive. It becomes visible whole or not at all.
+    fn upload<'a>(&'a self, key: &'a str, parts: mpsc::Receiver<Part>) -> Pending<'a, ()>;
+
+    /// Every key that begins with `prefix`, which is empty or ends in `/`.
+    fn list<'a>(&'a self, prefix: &'a str) -> Pending<'a, Vec<String>>;
+
+    /// Removes an object; one that is not there is removed already.
+    fn delete<'a>(&'a self, key: &'a str) -> Pending<'a, ()>;
+
+    /// Lets go of what interrupted uploads hold on the store.
+    fn abort_uploads(&self) -> Pending<'_, ()>;
+}
+
+/// Why the store did not do it.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    #[error("no such object")]
+    NotFound,
+    #[error("it was changed by somebody else meanwhile")]
+    Conflict,
+    #[error("the service answered {status}{}{code}{}", if code.is_empty() { "" } else { " " }, advice(*status))]
+    Status {
+        status: u16,
+        /// The service's word, such as `SlowDown`; never its prose, which may repeat the request.
+        code: String,
+        /// From `Retry-After`.
+        retry_after: Option<Duration>,
+    },
+    #[error("cannot talk to {host}: {reason}")]
+    Transport { host: String, reason: String },
+    #[error("{host} did not answer within {} s", .after.as_secs())]
+    Stalled { host: String, after: Duration },
+    #[error("the answer makes no sense: {0}")]
+    Protocol(&'static str),
+    #[error("the upload was abandoned")]
+    Abandoned,
+    #[error("{0}")]
+    Io(#[from] io::Error),
+}
+
+/// What an operator should look at.
+fn advice(status: u16) -> &'static str {
+    match status {
+        300..=399 => "; check RUNTIME_S3_ENDPOINT and RUNTIME_S3_REGION",
+        401 | 403 => "; check the S3 credentials, what they may do, and this machine's clock",
+        404 => "; check the bucket in RUNTIME_STORE",
+        _ => "",
+    }
+}
+
+impl StoreError {
+    /// Whether the same request may succeed a moment later.
+    fn is_transient(&self) -> bool {
+        match self {
+            Self::Status { status, code, .. } => {
+                matches!(status, 408 | 429 | 500..=599)
+                    // Two conditional writes met inside of the service: ours was not judged.
+                    || (*status == 409 && code == "ConditionalRequestConflict")
+                    || code == "RequestTimeout"
+            }
+            Self::Transport { .. } | Self::Stalled { .. } | Self::Protocol(_) => true,
+            Self::NotFound | Self::Conflict | Self::Abandoned | Self::Io(_) => false,
+        }
+    }
+}
+
+/// Opens the configured store. `bound`: what is left of the whole operation's time.
+pub fn open(config: &Config, bound: Duration) -> Result<Arc<dyn Store>, Error> {
+    Ok(match &config.location {
+        Location::Directory(path) => Arc::new(
+            dir::Directory::new(path.join(&config.instance))
+                .map_err(Error::local("read", "random bytes"))?,
+        ),
+        Location::S3(bucket) => Arc::new(s3::S3::new(bucket, &config.instance, bound)?),
+    })
+}
+
+/// Finds out whether the store honours conditional writes, on an object of its own.
+pub async fn check_conditions(store: &dyn Store) -> Result<(), Error> {
+    let suffix = id::random_hex::<8>().map_err(Error::local("read", "random bytes"))?;
+    let key = format!("probe-{suffix}");
+    let broken = is_broken(store, &key).await;
+    let deleted = store.delete(&key).await;
+    match broken.map_err(Error::store("probe", &key))? {
+        Some(broken) => Err(Error::Unfenced { broken }),
+        None => deleted.map_err(Error::store("delete", &key)),
+    }
+}
+
+async fn is_broken(store: &dyn Store, key: &str) -> Result<Option<&'static str>, StoreError> {
+    match store.put_if(key, b"first".to_vec(), None).await {
+        // A retry after a lost answer meets the first try's own object.
+        Ok(_) | Err(StoreError::Conflict) => {}
+        Err(error) => return Err(error),
+    }
+    let tries = [
+        (None, "it replaced an object under If-None-Match"),
+        (
+            Some("\"00000000000000000000000000000000\""),
+            "it replaced an object under an If-Match that does not match",
+        ),
+    ];
+    for (expected, broken) in tries {
+        match store.put_if(key, b"second".to_vec(), expected).await {
+            Err(StoreError::Conflict) => {}
+            Ok(_) => return Ok(Some(broken)),
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(None)
+}

@@ -1,0 +1,51 @@
+//! The identity that file work is done with.
+
+use nix::unistd::{Gid, Uid, setfsgid, setfsuid};
+
+use crate::error::Error;
+
+/// A user and its group.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Identity {
+    pub uid: Uid,
+    pub gid: Gid,
+}
+
+impl Identity {
+    /// Gives the calling thread, and no other, this user's rights on files.
+    ///
+    /// With a file-system user other than root the kernel also ignores root's overrides (`CAP_DAC_OVERRIDE` and the like, see
+    /// setfsuid(2)), so that a planted link opens nothing that the user could not open himself. Supplementary groups are
+    /// dropped for the whole process by [`drop_groups`].
+    pub fn assume(self) {
+        setfsgid(self.gid);
+        setfsuid(self.uid);
+    }
+}
+
+/// Gives up root's supplementary groups, which [`Identity::assume`] would otherwise leave in force.
+pub fn drop_groups() -> Result<(), nix::Error> {
+    nix::unistd::setgroups(&[])
+}
+
+/// Runs file work on a thread of its own that has the identity, and waits for it without holding up anything else.
+///
+/// The thread is not taken from a pool: the identity must not stick to one that later works for the store.
+pub async fn with_identity<T: Send + 'static>(
+    identity: Option<Identity>,
+    name: &'static str,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, Error> {
+    let (sender, receiver) = tokio::sync::oneshot::channel();
+    std::thread::Builder::new()
+        .name(name.to_owned())
+        .spawn(move || {
+            if let Some(identity) = identity {
+                identity.assume();
+            }
+            // Nobody waits any more when the bound ran out.
+            let _ = sender.send(work());
+        })
+        .map_err(Error::local("start", name))?;
+    receiver.await.map_err(|_| Error::Internal(name))
+}

@@ -1,0 +1,9 @@
+//! The tree on disk: walking it, reading it, making it again. All by descriptor, no link followed, with the rights of the
+//! user whom the tree belongs to: that user runs commands for strangers, so every name in the tree may be a trap.
+
+pub mod apply;
+pub mod exclude;
+pub mod identity;
+pub mod read;
+pub mod scan;
+pub mod swap;

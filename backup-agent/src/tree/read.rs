@@ -1,0 +1,182 @@
+//! Reading one file of a tree that may change, or be swapped for a trap, at any moment.
+
+use std::{collections::BTreeMap, ffi::CStr, fs::File, io, os::fd::AsFd, os::unix::fs::FileExt};
+
+use nix::{
+    errno::Errno,
+    fcntl::{OFlag, openat},
+    sys::stat::{FileStat, Mode, SFlag, fstat},
+    unistd::{Whence, lseek},
+};
+
+/// Bytes that are read at once.
+const CHUNK: usize = 256 << 10;
+/// Runs of data that are told apart in one file; what comes after is stored with its holes filled. A database has few
+/// holes, and a file made to have millions must not cost memory.
+const MOST_SEGMENTS: usize = 16_384;
+
+/// A regular file, opened, with its status and the places of its data as they were then.
+pub struct Content {
+    file: File,
+    status: FileStat,
+    segments: Vec<(u64, u64)>,
+    buffer: Vec<u8>,
+}
+
+/// Opens a regular file without following a link or waiting for the other end of a fifo. `None` if it is none (any more).
+pub fn open(parent: impl AsFd, name: &CStr) -> Result<Option<Content>, Errno> {
+    let flags = OFlag::O_RDONLY
+        | OFlag::O_NOFOLLOW
+        | OFlag::O_NONBLOCK
+        | OFlag::O_NOCTTY
+        | OFlag::O_CLOEXEC;
+    let file = match openat(parent, name, flags, Mode::empty()) {
+        Ok(fd) => File::from(fd),
+        // It became a link, or a socket.
+        Err(Errno::ELOOP | Errno::ENXIO) => return Ok(None),
+        Err(error) => return Err(error),
+    };
+    let status = fstat(&file)?;
+    if status.st_mode & SFlag::S_IFMT.bits() != SFlag::S_IFREG.bits() {
+        return Ok(None);
+    }
+    let segments = segments(&file, &status)?;
+    Ok(Some(Content {
+        file,
+        status,
+        segments,
+        buffer: Vec::new(),
+    }))
+}
+
+impl Content {
+    /// The file's status when it was opened: what was read is what this describes.
+    pub fn status(&self) -> &FileStat {
+        &self.status
+    }
+
+    /// The open file.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Where the data are, as offset and length, ascending.
+    pub fn segments(&self) -> &[(u64, u64)] {
+        &self.segments
+    }
+
+    /// Whether there are holes.
+    pub fn is_sparse(&self) -> bool {
+        let data: u64 = self.segments.iter().map(|(_, length)| length).sum();
+        data != size(&self.status)
+    }
+
+    /// Gives all data to `each`, exactly as many bytes as [`Self::segments`] says: a file that grew is cut, one that shrank
+    /// is filled with zeros, because its header is written already.
+    pub fn read<E>(&mut self, mut each: impl FnMut(&[u8]) -> Result<(), E>) -> Result<(), E> {
+        self.buffer.resize(CHUNK, 0);
+        for &(start, length) in &self.segments {
+            let (mut at, end) = (start, start + length);
+            while at < end {
+                let want = usize::try_from(end - at).unwrap_or(CHUNK).min(CHUNK);
+                let buffer = &mut self.buffer[..want];
+                let got = match self.file.read_at(buffer, at) {
+                    Ok(0) | Err(_) => {
+                        buffer.fill(0);
+                        want
+                    }
+                    Ok(got) => got,
+                };
+                each(&buffer[..got])?;
+                at += got as u64;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The logical size.
+pub fn size(status: &FileStat) -> u64 {
+    u64::try_from(status.st_size).unwrap_or(0)
+}
+
+fn segments(file: &File, status: &FileStat) -> Result<Vec<(u64, u64)>, Errno> {
+    let size = size(status);
+    let allocated = u64::try_from(status.st_blocks).unwrap_or(0) * 512;
+    let whole = || {
+        if size == 0 { vec![] } else { vec![(0, size)] }
+    };
+    if allocated >= size {
+        return Ok(whole());
+    }
+    let mut found = Vec::new();
+    let mut at = 0;
+    while at < size {
+        let seek = |from: u64, whence| {
+            lseek(file, i64::try_from(from).map_err(|_| Errno::EFBIG)?, whence)
+                .map(|position| u64::try_from(position).unwrap_or(0))
+        };
+        let start = match seek(at, Whence::SeekData) {
+            Ok(start) => start,
+            // Nothing but a hole up to the end.
+            Err(Errno::ENXIO) => break,
+            // The file system knows no holes.
+            Err(Errno::EINVAL) => return Ok(whole()),
+            Err(error) => return Err(error),
+        };
+        if start >= size {
+            break;
+        }
+        let end = if found.len() + 1 == MOST_SEGMENTS {
+            size
+        } else {
+            match seek(start, Whence::SeekHole) {
+                Ok(end) => end.min(size),
+                // The data were cut off meanwhile.
+                Err(Errno::ENXIO) => size,
+                Err(error) => return Err(error),
+            }
+        };
+        found.push((start, end - start));
+        at = end;
+    }
+    Ok(found)
+}
+
+/// The `user.*` attributes of an open file or directory. Others belong to the system, and setting them takes rights that
+/// the gateway's user does not have.
+pub fn xattrs(file: impl AsFd) -> io::Result<BTreeMap<String, Vec<u8>>> {
+    use rustix::fs::{fgetxattr, flistxattr, flistxattr_query};
+    use rustix::io::Errno;
+
+    // The kernel's own limits: XATTR_LIST_MAX and XATTR_SIZE_MAX.
+    const LIMIT: usize = 65_536;
+    // Asking for the size first saves the buffer for the many files that have none.
+    let needed = match flistxattr_query(&file) {
+        Ok(0) | Err(Errno::NOTSUP) => return Ok(BTreeMap::new()),
+        Ok(needed) => needed,
+        Err(error) => return Err(error.into()),
+    };
+    let mut names = vec![0_u8; needed.max(LIMIT)];
+    let length = flistxattr(&file, &mut names[..])?;
+    let mut found = BTreeMap::new();
+    for name in names[..length].split(|byte| *byte == 0) {
+        let Ok(name) = std::str::from_utf8(name) else {
+            continue;
+        };
+        if !name.starts_with("user.") {
+            continue;
+        }
+        let mut value = vec![0_u8; LIMIT];
+        match fgetxattr(&file, name, &mut value[..]) {
+            Ok(length) => {
+                value.truncate(length);
+                found.insert(name.to_owned(), value);
+            }
+            // It was removed meanwhile.
+            Err(Errno::NODATA) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(found)
+}

@@ -1,0 +1,245 @@
+//! Walks a tree depth first, directories sorted, by descriptors only: no path is ever resolved twice, so nothing that is
+//! moved or swapped during the walk leads out of the tree.
+
+use std::{
+    collections::HashMap,
+    ffi::{CStr, CString},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    path::Path,
+};
+
+use nix::{
+    dir::Dir,
+    errno::Errno,
+    fcntl::{AtFlags, OFlag, open, openat, readlinkat},
+    sys::stat::{FileStat, Mode, SFlag, fstat, fstatat},
+};
+
+use super::{exclude::Excludes, read};
+use crate::{
+    archive::entry::{Entry, Kind, Stamp},
+    error::Error,
+};
+
+/// An entry met on the walk.
+pub struct Found<'a> {
+    /// What the status says; hash, extents and attributes are empty.
+    pub entry: Entry,
+    /// The directory that it is in.
+    pub parent: BorrowedFd<'a>,
+    pub name: &'a CStr,
+    /// A directory's own descriptor.
+    pub directory: Option<BorrowedFd<'a>>,
+    /// Bytes on the disk.
+    pub allocated: u64,
+}
+
+/// What the visitor made of an entry.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Verdict {
+    Taken,
+    /// It turned out to be unreadable or gone.
+    Skipped,
+}
+
+/// Flags with which every directory is opened.
+const DIRECTORY: OFlag = OFlag::O_RDONLY
+    .union(OFlag::O_DIRECTORY)
+    .union(OFlag::O_NOFOLLOW)
+    .union(OFlag::O_CLOEXEC);
+
+struct Level {
+    fd: OwnedFd,
+    /// What is left to visit, in descending order.
+    names: Vec<CString>,
+    /// Length of the walk's path at this directory.
+    path: usize,
+}
+
+/// Opens the root of a tree; a link in its last place is not followed.
+pub fn open_root(root: &Path) -> Result<OwnedFd, Errno> {
+    open(root, DIRECTORY, Mode::empty())
+}
+
+/// Visits every entry that is not left out, the root first. Entries that cannot be kept, and why, go to `skipped`.
+pub fn walk<E: From<Error>>(
+    root: &Path,
+    excludes: &Excludes,
+    mut visit: impl FnMut(Found<'_>) -> Result<Verdict, E>,
+    mut skipped: impl FnMut(&[u8], &'static str),
+) -> Result<(), E> {
+    let fd = open_root(root).map_err(Error::local("open", root))?;
+    let status = fstat(&fd).map_err(Error::local("look at", root))?;
+    let names = sorted_names(&fd).map_err(Error::local("list", root))?;
+    visit(Found {
+        entry: entry(b"", Kind::Dir, &status),
+        parent: fd.as_fd(),
+        name: c".",
+        directory: Some(fd.as_fd()),
+        allocated: 0,
+    })?;
+    let mut links: HashMap<(u64, u64), Vec<u8>> = HashMap::new();
+    let mut path: Vec<u8> = Vec::new();
+    let mut levels = vec![Level { fd, names, path: 0 }];
+    while let Some(level) = levels.last_mut() {
+        path.truncate(level.path);
+        let Some(name) = level.names.pop() else {
+            levels.pop();
+            continue;
+        };
+        if !path.is_empty() {
+            path.push(b'/');
+        }
+        path.extend_from_slice(name.to_bytes());
+        let outcome = one(level, &name, &path, excludes, &mut links, &mut visit)?;
+        match outcome {
+            Outcome::Done => {}
+            Outcome::Skipped(reason) => skipped(&path, reason),
+            Outcome::Enter(fd, names) => levels.push(Level {
+                fd,
+                names,
+                path: path.len(),
+            }),
+        }
+    }
+    Ok(())
+}
+
+enum Outcome {
+    Done,
+    Skipped(&'static str),
+    Enter(OwnedFd, Vec<CString>),
+}
+
+fn one<E: From<Error>>(
+    level: &Level,
+    name: &CStr,
+    path: &[u8],
+    excludes: &Excludes,
+    links: &mut HashMap<(u64, u64), Vec<u8>>,
+    visit: &mut impl FnMut(Found<'_>) -> Result<Verdict, E>,
+) -> Result<Outcome, E> {
+    let parent = level.fd.as_fd();
+    let status = match fstatat(parent, name, AtFlags::AT_SYMLINK_NOFOLLOW) {
+        Ok(status) => status,
+        // It went away between the listing and now.
+        Err(Errno::ENOENT) => return Ok(Outcome::Done),
+        Err(error) => return Ok(Outcome::Skipped(error.desc())),
+    };
+    let found = |entry, directory| Found {
+        entry,
+        parent,
+        name,
+        directory,
+        allocated: u64::try_from(status.st_blocks).unwrap_or(0) * 512,
+    };
+    let kind = SFlag::from_bits_truncate(status.st_mode & SFlag::S_IFMT.bits());
+    if excludes.matches(path, kind == SFlag::S_IFDIR) {
+        return Ok(Outcome::Done);
+    }
+    match kind {
+        SFlag::S_IFDIR => {
+            let opened = openat(parent, name, DIRECTORY, Mode::empty())
+                .and_then(|fd| Ok((fstat(&fd)?, sorted_names(&fd)?, fd)));
+            match opened {
+                Ok((status, names, fd)) => {
+                    visit(found(entry(path, Kind::Dir, &status), Some(fd.as_fd())))?;
+                    Ok(Outcome::Enter(fd, names))
+                }
+                Err(Errno::ENOENT) => Ok(Outcome::Done),
+                Err(error) => Ok(Outcome::Skipped(error.desc())),
+            }
+        }
+        SFlag::S_IFREG => {
+            let key = (status.st_dev, status.st_ino);
+            let mut entry = entry(path, Kind::File, &status);
+            let has_names = status.st_nlink > 1;
+            if has_names && let Some(first) = links.get(&key) {
+                entry.kind = Kind::Hardlink;
+                entry.size = 0;
+                entry.link = Some(first.clone());
+                visit(found(entry, None))?;
+                return Ok(Outcome::Done);
+            }
+            match visit(found(entry, None))? {
+                Verdict::Taken if has_names => {
+                    links.insert(key, path.to_vec());
+                    Ok(Outcome::Done)
+                }
+                Verdict::Taken => Ok(Outcome::Done),
+                Verdict::Skipped => Ok(Outcome::Skipped("it cannot be read")),
+            }
+        }
+        SFlag::S_IFLNK => match readlinkat(parent, name) {
+            Ok(target) => {
+                use std::os::unix::ffi::OsStringExt;
+                let mut entry = entry(path, Kind::Symlink, &status);
+                entry.link = Some(target.into_vec());
+                visit(found(entry, None))?;
+                Ok(Outcome::Done)
+            }
+            Err(Errno::ENOENT) => Ok(Outcome::Done),
+            Err(error) => Ok(Outcome::Skipped(error.desc())),
+        },
+        // Nobody expects a socket back: its process is gone.
+        SFlag::S_IFSOCK => Ok(Outcome::Done),
+        SFlag::S_IFIFO => Ok(Outcome::Skipped("it is a fifo")),
+        _ => Ok(Outcome::Skipped("it is a device")),
+    }
+}
+
+/// Names of a directory's entries in descending order, so that the next one is popped off the end.
+fn sorted_names(fd: &OwnedFd) -> Result<Vec<CString>, Errno> {
+    let copy = fd.try_clone().map_err(|_| Errno::EMFILE)?;
+    let mut names = Vec::new();
+    for entry in Dir::from_fd(copy)?.iter() {
+        let entry = entry?;
+        if !matches!(entry.file_name().to_bytes(), b"." | b"..") {
+            names.push(entry.file_name().to_owned());
+        }
+    }
+    names.sort_unstable_by(|a, b| b.to_bytes().cmp(a.to_bytes()));
+    Ok(names)
+}
+
+/// An entry from a status.
+pub fn entry(path: &[u8], kind: Kind, status: &FileStat) -> Entry {
+    Entry {
+        path: path.to_vec(),
+        kind,
+        mode: status.st_mode & 0o7777,
+        uid: status.st_uid,
+        gid: status.st_gid,
+        mtime: nanos(status.st_mtime, status.st_mtime_nsec),
+        size: if kind == Kind::File {
+            read::size(status)
+        } else {
+            0
+        },
+        link: None,
+        sha256: None,
+        extents: Vec::new(),
+        xattrs: std::collections::BTreeMap::new(),
+        stamp: Some(Stamp {
+            ctime: nanos(status.st_ctime, status.st_ctime_nsec),
+            ino: status.st_ino,
+        }),
+    }
+}
+
+/// Whether what the walk found is what the index has: every change of a file changes one of these.
+pub fn is_same(found: &Entry, known: &Entry) -> bool {
+    found.path == known.path
+        && found.kind == known.kind
+        && found.mode == known.mode
+        && (found.uid, found.gid) == (known.uid, known.gid)
+        && found.size == known.size
+        && found.mtime == known.mtime
+        && found.link == known.link
+        && found.stamp == known.stamp
+}
+
+/// Nanoseconds since the epoch; times outside of the years 1678 to 2262 are moved to the nearest end.
+fn nanos(seconds: i64, nanos: i64) -> i64 {
+    seconds.saturating_mul(1_000_000_000).saturating_add(nanos)
+}
