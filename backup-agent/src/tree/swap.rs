@@ -145,6 +145,15 @@ impl Staging {
     }
 }
 
+impl Drop for Staging {
+    /// Nothing stays behind, however the restore ends: out of time or interrupted, its future is dropped where it was.
+    fn drop(&mut self) {
+        // The thread that unpacks may make another entry or two before it notices.
+        const TRIES: u32 = 10;
+        let _ = (0..TRIES).any(|_| remove(&self.path).is_ok());
+    }
+}
+
 fn is_mount_point(root: &Path, parent: &Path) -> bool {
     let (Ok(here), Ok(above)) = (fs::symlink_metadata(root), fs::symlink_metadata(parent)) else {
         return false;
