@@ -2,7 +2,7 @@
 
 use std::{ffi::OsString, fmt, io::Read, path::PathBuf, time::Duration};
 
-use nix::unistd::{Uid, User};
+use nix::unistd::{Gid, Uid, User};
 use url::Url;
 
 use crate::{
@@ -179,6 +179,27 @@ pub fn parse_duration(text: &str) -> Option<Duration> {
     count.checked_mul(millis).map(Duration::from_millis)
 }
 
+/// An identity to assume: root's own needs none.
+fn apart(uid: Uid, gid: Gid) -> Option<Identity> {
+    (!uid.is_root()).then_some(Identity { uid, gid })
+}
+
+/// A user by number, with an optional group as in `1000:1000`; it may have no name here.
+fn by_number(text: &str) -> Option<Option<Identity>> {
+    let (uid, gid) = text
+        .split_once(':')
+        .map_or((text, None), |(uid, gid)| (uid, Some(gid)));
+    let uid = Uid::from_raw(uid.parse().ok()?);
+    let gid = match gid {
+        Some(gid) => Gid::from_raw(gid.parse().ok()?),
+        None => match User::from_uid(uid) {
+            Ok(Some(user)) => user.gid,
+            _ => Gid::from_raw(uid.as_raw()),
+        },
+    };
+    Some(apart(uid, gid))
+}
+
 /// Longest content of a `*_FILE` secret: session tokens are the longest, at about 2 KiB.
 const SECRET_LIMIT: u64 = 16 * 1024;
 
@@ -264,19 +285,15 @@ impl Source<'_> {
         }
         let name = wanted.as_deref().unwrap_or("openclaw");
         match User::from_name(name) {
-            Ok(Some(user)) if user.uid.is_root() => None,
-            Ok(Some(user)) => Some(Identity {
-                uid: user.uid,
-                gid: user.gid,
-            }),
+            Ok(Some(user)) => apart(user.uid, user.gid),
             Ok(None) if wanted.is_none() => None,
-            Ok(None) => {
+            Ok(None) => by_number(name).unwrap_or_else(|| {
                 self.reject(
                     "RUNTIME_GATEWAY_USER",
                     format_args!("there is no user {name:?}"),
                 );
                 None
-            }
+            }),
             Err(error) => {
                 self.reject(
                     "RUNTIME_GATEWAY_USER",
@@ -538,6 +555,21 @@ mod tests {
     fn secrets_do_not_show_in_debug_output() {
         let config = load(&[], &S3).expect("complete");
         assert!(!format!("{config:?}").contains("very-secret"));
+    }
+
+    #[test]
+    fn a_user_may_be_a_number_without_a_name() {
+        let identity = |uid, gid| {
+            Some(Identity {
+                uid: Uid::from_raw(uid),
+                gid: Gid::from_raw(gid),
+            })
+        };
+        assert_eq!(by_number("54321"), Some(identity(54321, 54321)));
+        assert_eq!(by_number("54321:7"), Some(identity(54321, 7)));
+        assert_eq!(by_number("0:0"), Some(None));
+        assert_eq!(by_number("nobody-here"), None);
+        assert_eq!(by_number("1:x"), None);
     }
 
     #[test]
