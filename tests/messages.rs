@@ -15,7 +15,7 @@ fn neutral(text: &str, host: &Host, place: &Place) -> String {
     let mut text = text.replace(&host.folder.path().display().to_string(), "HOST");
     match place {
         Place::Directory(folder) => {
-            text = text.replace(&folder.path().display().to_string(), "STORE")
+            text = text.replace(&folder.path().display().to_string(), "STORE");
         }
         Place::Memory(s3) => text = text.replace(&s3.address.to_string(), "127.0.0.1:PORT"),
         Place::Moto(..) => {}
