@@ -137,13 +137,16 @@ fn what_the_gateways_user_cannot_read_is_left_out_and_counted() {
 
     let outcome = host.run(&["backup", "--json"]).expect(0);
     assert_eq!(outcome.json()["skipped"], 3, "{}", outcome.stderr);
-    let mut named: Vec<_> = outcome
+    let mut left_out: Vec<_> = outcome
         .logged("entry left out")
         .iter()
         .map(|line| line["path"].to_string())
         .collect();
-    named.sort_unstable();
-    assert_eq!(named, ["\"name\"", "\"roots-directory\"", "\"roots-file\""]);
+    left_out.sort_unstable();
+    assert_eq!(
+        left_out,
+        ["\"name\"", "\"roots-directory\"", "\"roots-file\""]
+    );
     for (key, bytes) in place.objects() {
         let plain = zstd(&bytes);
         assert!(

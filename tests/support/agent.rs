@@ -22,7 +22,7 @@ use crate::moto::Moto;
 use crate::s3::{BUCKET, S3};
 
 /// Far longer than any run takes, so that only one that hangs fails a test.
-const DEADLINE: Duration = Duration::from_secs(120);
+const DEADLINE: Duration = Duration::from_mins(2);
 
 /// The instance of every test, and where its objects are in a bucket.
 pub const INSTANCE: &str = "the-instance";

@@ -19,7 +19,7 @@ pub const BUCKET: &str = "the-bucket";
 /// S3 takes no smaller part but the last.
 const SMALLEST_PART: usize = 5 << 20;
 /// Far longer than anything takes, so that only a missing event fails a test.
-const DEADLINE: Duration = Duration::from_secs(60);
+const DEADLINE: Duration = Duration::from_mins(1);
 
 /// What a request is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -88,6 +88,7 @@ pub struct Request {
 }
 
 #[derive(Default)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a switch of its own")]
 struct Inner {
     objects: BTreeMap<String, Vec<u8>>,
     /// Object and parts by upload id.
@@ -159,7 +160,7 @@ impl S3 {
                 let shared = Arc::clone(&server);
                 if let Ok(stream) = stream {
                     // A client that was killed ends its connection in the middle; that is no fault of the server.
-                    std::thread::spawn(move || drop(serve(&shared, stream)));
+                    std::thread::spawn(move || drop(serve(&shared, &stream)));
                 }
             }
         });
@@ -345,7 +346,7 @@ impl Answer {
 }
 
 /// Serves one connection to its end.
-fn serve(shared: &Shared, stream: TcpStream) -> io::Result<()> {
+fn serve(shared: &Shared, stream: &TcpStream) -> io::Result<()> {
     stream.set_nodelay(true)?;
     let mut reader = BufReader::new(stream.try_clone()?);
     while let Some(incoming) = receive(&mut reader)? {
@@ -372,7 +373,7 @@ fn serve(shared: &Shared, stream: TcpStream) -> io::Result<()> {
             .unwrap_or_else(|| key.to_owned());
         let effect = arrive(shared, kind, &place);
         match effect {
-            Some(Effect::ResetBefore) => return reset(&stream),
+            Some(Effect::ResetBefore) => return reset(stream),
             Some(Effect::Stall) => return stall(&mut reader),
             Some(Effect::Hold) => hold(shared),
             _ => {}
@@ -411,14 +412,14 @@ fn serve(shared: &Shared, stream: TcpStream) -> io::Result<()> {
             &answer.body
         };
         let half = &body[..body.len() / 2];
-        let mut out = &stream;
+        let mut out = stream;
         match effect {
             Some(Effect::LoseAnswer) => return Ok(()),
             Some(Effect::StallAfter) => return stall(&mut reader),
             Some(Effect::Truncate) => return out.write_all(&[head.as_bytes(), half].concat()),
             Some(Effect::ResetInBody) => {
                 out.write_all(&[head.as_bytes(), half].concat())?;
-                return reset(&stream);
+                return reset(stream);
             }
             Some(Effect::StallInBody) => {
                 out.write_all(&[head.as_bytes(), half].concat())?;

@@ -81,7 +81,7 @@ pub fn check(identity: &Identity, request: &Signed) -> Result<(), &'static str> 
             .iter()
             .find(|(key, _)| key == name)
             .ok_or("a header that was signed is missing")?;
-        headers.push_str(&format!("{name}:{}\n", value.trim()));
+        headers.extend([name, ":", value.trim(), "\n"]);
     }
     let canonical = format!(
         "{}\n{}\n{}\n{headers}\n{}\nUNSIGNED-PAYLOAD",
