@@ -361,11 +361,10 @@ impl Source<'_> {
         let key = self.secret("S3_SECRET_ACCESS_KEY");
         let token = self.secret("S3_SESSION_TOKEN");
         for (name, value) in [("ACCESS_KEY_ID", &id), ("SECRET_ACCESS_KEY", &key)] {
-            if value.is_none() {
-                self.reject(
-                    &format!("RUNTIME_S3_{name}"),
-                    "it is not set, and the store is on S3",
-                );
+            let name = format!("RUNTIME_S3_{name}");
+            // One that is there and cannot be used has been named already.
+            if value.is_none() && !self.problems.iter().any(|known| known.contains(&name)) {
+                self.reject(&name, "it is not set, and the store is on S3");
             }
         }
         let Some(endpoint) = endpoint else {

@@ -128,6 +128,10 @@ async fn range(store: &dyn Store, key: &str, offset: u64, length: u64) -> Result
                 key: key.to_owned(),
                 reason: "a snapshot names it, and it is not there".to_owned(),
             },
+            crate::store::StoreError::TooShort => Error::Damaged {
+                key: key.to_owned(),
+                reason: "it ends before what a snapshot names".to_owned(),
+            },
             other => Error::store("read", key)(other),
         })
 }

@@ -53,6 +53,11 @@ pub async fn run(config: &Config, store: &dyn Store, fork: bool) -> Result<Answe
         Some(writer) => writer,
         None => id::random_hex::<16>().map_err(Error::local("read", "random bytes"))?,
     };
+    if state.facts.writer.as_ref() != Some(&writer) {
+        // Before anything is written in that name: a head that moved without our learning of it has to be known as ours.
+        state.facts.writer = Some(writer.clone());
+        state.save()?;
+    }
     trust(config, store, &mut state).await?;
     let seen = head::read(store).await?;
     let is_ours = fork || may_follow(seen.as_ref(), &state, &writer);
@@ -101,7 +106,6 @@ pub async fn run(config: &Config, store: &dyn Store, fork: bool) -> Result<Answe
             Swap::Lost(now) => return Err(lose(&mut state, &writer, now.as_ref(), &snapshot)),
         }
     }
-    state.facts.writer = Some(writer);
     state.keep_index()?;
     let described = Described {
         id: snapshot,

@@ -70,7 +70,13 @@ impl Store for Directory {
             let mut file = File::open(base.join(key)).map_err(missing)?;
             file.seek(SeekFrom::Start(offset))?;
             let mut bytes = vec![0; length];
-            file.read_exact(&mut bytes)?;
+            file.read_exact(&mut bytes).map_err(|error| {
+                if error.kind() == io::ErrorKind::UnexpectedEof {
+                    StoreError::TooShort
+                } else {
+                    error.into()
+                }
+            })?;
             Ok(bytes.into())
         })
     }

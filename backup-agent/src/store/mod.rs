@@ -37,7 +37,7 @@ pub trait Store {
     /// A small object whole, and its entity tag.
     fn get<'a>(&'a self, key: &'a str) -> Pending<'a, (Vec<u8>, String)>;
 
-    /// Exactly `length` bytes from `offset` on.
+    /// Exactly `length` bytes from `offset` on; [`StoreError::TooShort`] when the object has fewer.
     fn get_range<'a>(&'a self, key: &'a str, offset: u64, length: usize) -> Pending<'a, Bytes>;
 
     /// Writes a small object if its tag is `expected`, or, for `None`, if there is none; gives the new tag.
@@ -67,6 +67,8 @@ pub trait Store {
 pub enum StoreError {
     #[error("no such object")]
     NotFound,
+    #[error("the object ends before what was asked for")]
+    TooShort,
     #[error("it was changed by somebody else meanwhile")]
     Conflict,
     #[error("the service answered {status}{}{code}{}", if code.is_empty() { "" } else { " " }, advice(*status))]
@@ -85,7 +87,7 @@ pub enum StoreError {
     Protocol(&'static str),
     #[error("the upload was abandoned")]
     Abandoned,
-    #[error("{0}")]
+    #[error(transparent)]
     Io(#[from] io::Error),
 }
 
@@ -110,7 +112,9 @@ impl StoreError {
                     || code == "RequestTimeout"
             }
             Self::Transport { .. } | Self::Stalled { .. } | Self::Protocol(_) => true,
-            Self::NotFound | Self::Conflict | Self::Abandoned | Self::Io(_) => false,
+            Self::NotFound | Self::TooShort | Self::Conflict | Self::Abandoned | Self::Io(_) => {
+                false
+            }
         }
     }
 }

@@ -7,7 +7,7 @@ use base64::{Engine, prelude::BASE64_STANDARD};
 use hyper::{
     HeaderMap, Method, StatusCode,
     body::Bytes,
-    header::{ETAG, HeaderName, HeaderValue, RETRY_AFTER},
+    header::{CONTENT_RANGE, ETAG, HeaderName, HeaderValue, RETRY_AFTER},
 };
 use md5::{Digest, Md5};
 use rusty_s3::{
@@ -160,7 +160,14 @@ impl Store for S3 {
                 let answer = self
                     .remote
                     .attempt(Method::GET, action, Bytes::new(), length.max(ANSWER))
-                    .await?;
+                    .await
+                    .map_err(|error| match error {
+                        StoreError::Status { status: 416, .. } => StoreError::TooShort,
+                        other => other,
+                    })?;
+                if whole_size(&answer).is_some_and(|size| size < offset + length as u64) {
+                    return Err(StoreError::TooShort);
+                }
                 // A cut body must not pass for the end of the object, nor a whole object for a range of it.
                 let is_partial = answer.status == StatusCode::PARTIAL_CONTENT;
                 if answer.body.len() != length || !(is_partial || offset == 0) {
@@ -475,6 +482,12 @@ fn entity_tag(answer: &Response) -> Result<String, StoreError> {
         .and_then(|value| value.to_str().ok());
     tag.map(str::to_owned)
         .ok_or(StoreError::Protocol("it has no ETag"))
+}
+
+/// Size of the whole object that a range came from: `Content-Range: bytes 0-9/100`.
+fn whole_size(answer: &Response) -> Option<u64> {
+    let range = answer.headers.get(CONTENT_RANGE)?.to_str().ok()?;
+    range.rsplit_once('/')?.1.parse().ok()
 }
 
 /// The error that an unsuccessful answer stands for.

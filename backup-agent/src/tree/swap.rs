@@ -17,7 +17,7 @@ use std::{
 use nix::{
     errno::Errno,
     fcntl::{OFlag, open},
-    sys::stat::{Mode, UtimensatFlags, fstat, utimensat},
+    sys::stat::{FileStat, Mode, UtimensatFlags, fstat, utimensat},
     unistd::fchown,
 };
 use rustix::fs::{CWD, RenameFlags, StatxAttributes, StatxFlags, renameat_with, statx};
@@ -106,6 +106,8 @@ impl Staging {
                 .map(|entry| Ok(entry?.file_name()))
                 .collect()
         };
+        // Before anything is moved out: that changes the time.
+        let status = fstat(&self.fd).map_err(Error::local("look at", &self.path))?;
         for name in names(root).map_err(Error::local("list", root))? {
             let old = root.join(name);
             if old != self.path {
@@ -117,13 +119,12 @@ impl Staging {
             renameat_with(&self.fd, &name, CWD, &place, RenameFlags::NOREPLACE)
                 .map_err(Error::local("make", place))?;
         }
-        self.hand_over_status(root)
+        self.hand_over_status(&status, root)
             .map_err(Error::local("set the status of", root))
     }
 
-    /// Gives the root the status of the working directory, and removes that.
-    fn hand_over_status(&self, root: &Path) -> io::Result<()> {
-        let status = fstat(&self.fd)?;
+    /// Gives the root the status that the working directory had, and removes that.
+    fn hand_over_status(&self, status: &FileStat, root: &Path) -> io::Result<()> {
         let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
         let fd = open(root, flags, Mode::empty())?;
         fchown(&fd, Some(status.st_uid.into()), Some(status.st_gid.into()))?;
@@ -142,6 +143,15 @@ impl Staging {
             &time,
             UtimensatFlags::NoFollowSymlink,
         )?)
+    }
+}
+
+impl Drop for Staging {
+    /// Nothing stays behind, however the restore ends: out of time or interrupted, its future is dropped where it was.
+    fn drop(&mut self) {
+        // The thread that unpacks may make another entry or two before it notices.
+        const TRIES: u32 = 10;
+        let _ = (0..TRIES).any(|_| remove(&self.path).is_ok());
     }
 }
 

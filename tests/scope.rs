@@ -1,0 +1,286 @@
+//! What a snapshot takes in and what it leaves out: file types, patterns, and whatever the gateway's user cannot read.
+
+use std::fs;
+use std::os::unix::fs::{MetadataExt as _, symlink};
+use std::os::unix::net::UnixListener;
+use std::path::Path;
+
+use e2e::agent::{Host, Place};
+use e2e::s3::{Effect, Kind};
+use e2e::tree::{self, assert_same, chown, describe, set_mode};
+use rustix::fs::{CWD, FileType, Mode, mknodat};
+
+const NOBODY: u32 = 65_534;
+
+/// Names that a restored copy of the newest snapshot has.
+fn kept_names(host: &Host) -> Vec<String> {
+    let target = host.folder.path().join("target");
+    let _ = host
+        .run(&["restore", "--target", &target.display().to_string()])
+        .expect(0);
+    let names = describe(&target)
+        .into_iter()
+        .filter(|(_, node)| node.kind != "directory");
+    names.map(|(path, _)| path.display().to_string()).collect()
+}
+
+#[test]
+fn a_fifo_is_left_out_with_a_word_and_a_socket_without() {
+    let place = Place::directory();
+    let host = Host::new(&place);
+    tree::write(&host.root, "file", "content");
+    mknodat(CWD, host.root.join("fifo"), FileType::Fifo, Mode::RUSR, 0).expect("can make a fifo");
+    let _socket = UnixListener::bind(host.root.join("socket")).expect("can make a socket");
+
+    let outcome = host.run(&["backup", "--json"]).expect(0);
+    assert_eq!(outcome.json()["skipped"], 1);
+    let words: Vec<_> = outcome
+        .logged("entry left out")
+        .iter()
+        .map(|line| line["path"].clone())
+        .collect();
+    assert_eq!(words, ["fifo"]);
+    assert_eq!(kept_names(&host), ["file"]);
+    let again = host.run(&["backup", "--json"]).expect(0);
+    assert_eq!(
+        (&again.json()["unchanged"], again.stderr.as_str()),
+        (&true.into(), "")
+    );
+}
+
+#[test]
+fn the_built_in_patterns_and_the_operators_own_decide() {
+    let place = Place::directory();
+    let host = Host::new(&place).with("RUNTIME_EXCLUDE", "*.log, /cache/ ,!keep.log,secret");
+    let kept = [
+        ".openclaw/state/openclaw.sqlite",
+        ".openclaw/state/openclaw.sqlite-wal",
+        "deep/cache/file",
+        "deep/keep.log",
+        "file",
+        "tmp/file",
+    ];
+    let left_out = [
+        ".openclaw/state/openclaw.sqlite-shm",
+        ".openclaw/tmp/file",
+        ".openclaw/extensions/a/node_modules/b.js",
+        ".openclaw/gateway.pid",
+        "a.log",
+        "deep/b.log",
+        "cache/file",
+        "deep/secret",
+        "secret/file",
+    ];
+    for path in kept.iter().chain(&left_out) {
+        tree::write(&host.root, path, path);
+    }
+    let answer = host.json(&["backup"]);
+    assert_eq!(answer["skipped"], 0, "what is excluded is not missed");
+    assert_eq!(kept_names(&host), kept);
+
+    // A change of what is left out is none of the snapshot.
+    tree::write(&host.root, "a.log", "more");
+    assert_eq!(host.json(&["backup"])["unchanged"], true);
+}
+
+#[test]
+fn a_quiet_run_says_nothing_but_its_result() {
+    let place = Place::directory();
+    let host = Host::new(&place);
+    mknodat(CWD, host.root.join("fifo"), FileType::Fifo, Mode::RUSR, 0).expect("can make a fifo");
+    let outcome = host.run(&["backup", "--quiet"]).expect(0);
+    assert_eq!(outcome.stderr, "");
+    assert!(
+        outcome
+            .stdout
+            .ends_with("(1 entries left out, see the log)\n"),
+        "{}",
+        outcome.stdout
+    );
+}
+
+/// A host whose root belongs to nobody, and whose agent works with nobody's rights. `None` where we are not root.
+fn nobodys_host(place: &Place) -> Option<Host> {
+    if !tree::is_root() {
+        return None;
+    }
+    let host = Host::new(place).with("RUNTIME_GATEWAY_USER", "nobody");
+    chown(&host.root, NOBODY, NOBODY);
+    Some(host)
+}
+
+#[test]
+fn what_the_gateways_user_cannot_read_is_left_out_and_counted() {
+    let place = Place::memory();
+    let Some(host) = nobodys_host(&place) else {
+        return;
+    };
+    for name in ["own", "open"] {
+        tree::write(&host.root, name, name);
+    }
+    chown(&host.root.join("own"), NOBODY, NOBODY);
+    set_mode(&host.root.join("own"), 0o600);
+    tree::write(&host.root, "roots-file", "only root may read this");
+    set_mode(&host.root.join("roots-file"), 0o600);
+    tree::write(
+        &host.root,
+        "roots-directory/file",
+        "only root may read this",
+    );
+    set_mode(&host.root.join("roots-directory"), 0o700);
+    // Traps: a link to what only root can read, and another name of it.
+    let secret = host.folder.path().join("secret");
+    fs::write(&secret, "only root may read this").expect("can write");
+    set_mode(&secret, 0o600);
+    symlink(&secret, host.root.join("link")).expect("can make a link");
+    fs::hard_link(&secret, host.root.join("name")).expect("can make a hard link");
+
+    let outcome = host.run(&["backup", "--json"]).expect(0);
+    assert_eq!(outcome.json()["skipped"], 3, "{}", outcome.stderr);
+    let mut named: Vec<_> = outcome
+        .logged("entry left out")
+        .iter()
+        .map(|line| line["path"].to_string())
+        .collect();
+    named.sort_unstable();
+    assert_eq!(named, ["\"name\"", "\"roots-directory\"", "\"roots-file\""]);
+    for (key, bytes) in place.objects() {
+        let plain = zstd(&bytes);
+        assert!(
+            !plain.windows(9).any(|window| window == b"only root"),
+            "{key} has what only root may read"
+        );
+    }
+
+    fs::remove_file(&secret).expect("it is there");
+    host.lose_everything();
+    let _ = host.run(&["restore"]).expect(0);
+    let restored = describe(&host.root);
+    let names: Vec<_> = restored
+        .keys()
+        .map(|path| path.display().to_string())
+        .collect();
+    assert_eq!(names, ["", "link", "open", "own"]);
+    assert!(
+        restored.values().all(|node| node.owner == (NOBODY, NOBODY)),
+        "{restored:#?}"
+    );
+    assert_eq!(
+        restored[Path::new("link")].target.as_deref(),
+        Some(secret.as_os_str())
+    );
+}
+
+/// Unpacked, where it is packed.
+fn zstd(bytes: &[u8]) -> Vec<u8> {
+    let folder = e2e::agent::folder();
+    fs::write(folder.path().join("object"), bytes).expect("can write");
+    let output = std::process::Command::new("zstd")
+        .args(["-dcf"])
+        .arg(folder.path().join("object"))
+        .output();
+    output.expect("zstd is installed").stdout
+}
+
+#[test]
+fn a_root_that_is_a_link_is_not_followed() {
+    let place = Place::directory();
+    let host = Host::new(&place);
+    tree::write(&host.folder.path().join("elsewhere"), "file", "not ours");
+    fs::remove_dir(&host.root).expect("it is empty");
+    symlink(host.folder.path().join("elsewhere"), &host.root).expect("can make a link");
+    let _ = host.run(&["backup"]).expect(74);
+    assert!(place.objects().is_empty() || place.keys("snapshots/").is_empty());
+}
+
+#[test]
+fn a_file_swapped_for_a_link_while_it_is_read_gives_nothing_away() {
+    let place = Place::memory();
+    let Some(host) = nobodys_host(&place) else {
+        return;
+    };
+    // The reader is held up behind the first parts; what comes after in the walk changes meanwhile.
+    tree::write(&host.root, "a", tree::noise(1, 40 << 20));
+    tree::write(&host.root, "z", "harmless");
+    let secret = host.folder.path().join("secret");
+    fs::write(&secret, "only root may read this").expect("can write");
+    set_mode(&secret, 0o600);
+    place.s3().add_fault(Kind::Part, "layers/", 1, Effect::Hold);
+    let running = host.start(&["backup", "--json"]);
+    place.s3().wait_for(Kind::Part, "layers/");
+    fs::remove_file(host.root.join("z")).expect("it is there");
+    symlink(&secret, host.root.join("z")).expect("can make a link");
+    place.s3().release();
+
+    let answer = running.wait().expect(0).json();
+    assert_eq!(
+        answer["consistency"], "per-file",
+        "the tree changed while it was read"
+    );
+    let layer = place
+        .objects()
+        .into_iter()
+        .find(|(key, _)| key.starts_with("layers/"))
+        .expect("there is one");
+    assert!(
+        !zstd(&layer.1)
+            .windows(9)
+            .any(|window| window == b"only root")
+    );
+}
+
+#[test]
+fn a_restored_tree_is_owned_as_it_was_where_the_gateway_is_root_too() {
+    if !tree::is_root() {
+        return;
+    }
+    let place = Place::directory();
+    let host = Host::new(&place).with("RUNTIME_GATEWAY_USER", "root");
+    tree::write(&host.root, "file", "content");
+    chown(&host.root.join("file"), 1234, 4321);
+    host.backup();
+    host.lose_root();
+    let _ = host.run(&["restore"]).expect(0);
+    let status = fs::metadata(host.root.join("file")).expect("it is back");
+    assert_eq!((status.uid(), status.gid()), (1234, 4321));
+}
+
+#[test]
+fn a_root_on_a_file_system_of_its_own_is_restored_in_place() {
+    if !tree::is_root() {
+        return;
+    }
+    let place = Place::memory();
+    let host = Host::new(&place);
+    tree::make(&host.root);
+    let before = tree::kept(describe(&host.root));
+    host.backup();
+    fs::write(host.root.join("text"), "changed").expect("can write");
+    // A bind mount of its own cannot be exchanged; the namespace takes it away again.
+    let inner = host.command(&["restore"]);
+    let mut command = std::process::Command::new("unshare");
+    command
+        .args([
+            "--mount",
+            "sh",
+            "-c",
+            "mount --bind \"$1\" \"$1\" && shift && exec \"$@\"",
+            "sh",
+        ])
+        .arg(&host.root)
+        .arg(inner.get_program())
+        .args(inner.get_args())
+        .env_clear()
+        .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
+        .envs(
+            inner
+                .get_envs()
+                .filter_map(|(name, value)| Some((name, value?))),
+        )
+        .stdin(std::process::Stdio::null())
+        .stdout(std::process::Stdio::piped())
+        .stderr(std::process::Stdio::piped());
+    let _ = e2e::agent::Running::start(&mut command).wait().expect(0);
+    assert_same(&before, &describe(&host.root));
+    assert_eq!(host.leftovers(), [""; 0]);
+}
