@@ -8,6 +8,7 @@ mod commands;
 mod config;
 mod error;
 mod interrupt;
+mod local_index;
 mod log;
 mod snapshot;
 mod state;

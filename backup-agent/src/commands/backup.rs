@@ -17,6 +17,7 @@ use crate::{
     },
     config::Config,
     error::Error,
+    local_index::{LocalIndex, Racy, file_clock, is_tree_same},
     log,
     snapshot::{
         head::{self, Head, Seen, Swap},
@@ -24,7 +25,7 @@ use crate::{
         record::{self, Consistency, FORMAT, Layer, Record, Totals},
         sealed,
     },
-    state::{Described, LocalIndex, Racy, State, file_clock, is_tree_same},
+    state::{Described, State},
     store::{Part, Store, StoreError},
     tree::{
         exclude::Excludes,

@@ -3,6 +3,7 @@
 mod backup;
 mod list;
 mod restore;
+mod unpack;
 
 use std::sync::Arc;
 

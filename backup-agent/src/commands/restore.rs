@@ -3,37 +3,28 @@
 //! The tree grows beside the root, every hash is checked on the way, and only a complete one takes the root's place. Run
 //! by a runtime, the restore also claims the head: from then on the writer before it is fenced.
 
-use std::{
-    fs,
-    io::{Seek, SeekFrom},
-    path::Path,
-    time::Instant,
-};
+use std::{fs, path::Path, time::Instant};
 
-use nix::unistd::Uid;
 use serde_json::json;
-use tokio::sync::mpsc;
 
-use super::{Answer, claimed, human_bytes, trust};
+use super::{
+    Answer, claimed, human_bytes, trust,
+    unpack::{Unpacked, reindex, unpack},
+};
 use crate::{
-    archive::{
-        entry::{Kind, compare},
-        index::IndexReader,
-        reader::{RawStream, check_header, fetch_frames, fetch_index},
-        writer::Halt,
-    },
+    archive::entry::Kind,
     config::Config,
     error::Error,
+    local_index::{Racy, is_tree_same},
     log,
     snapshot::{
         head::{self, Seen, Swap},
         id,
-        record::{self, Layer, Record},
+        record::{self, Record},
     },
-    state::{Described, LocalIndex, Racy, State, file_clock, is_tree_same},
+    state::{Described, State},
     store::Store,
     tree::{
-        apply::Applier,
         identity::with_identity,
         scan::{self, Found, Verdict},
         swap::Staging,
@@ -43,8 +34,6 @@ use crate::{
 /// How often a runtime starts over because the old writer's last snapshot came in between. Each round needs another new
 /// snapshot, and a writer takes minutes from one to the next.
 const ROUNDS: u32 = 5;
-/// Frames that wait between download and unpacking.
-const WAITING_FRAMES: usize = 2;
 
 /// What a restore did.
 struct Done {
@@ -54,6 +43,18 @@ struct Done {
     files: u64,
     bytes: u64,
     downloaded: u64,
+}
+
+impl Done {
+    fn new(record: &Record, unpacked: Unpacked) -> Self {
+        Self {
+            described: describe(record),
+            unchanged: false,
+            files: unpacked.files,
+            bytes: unpacked.bytes,
+            downloaded: unpacked.downloaded,
+        }
+    }
 }
 
 /// Restores `wanted` (an id or `latest`) to the root, or to `target` without touching root, state or head.
@@ -104,9 +105,10 @@ async fn to_target(
     }
     let seen = head::read(store).await?;
     let record = choose(config, store, wanted, seen.as_ref()).await?;
-    let (staging, done) = stage(config, store, state, &record, &target).await?;
+    let staging = Staging::new(&target, config.identity)?;
+    let unpacked = unpack(config, store, state, &record, &staging).await?;
     staging.put_in_place(&target)?;
-    Ok(done)
+    Ok(Done::new(&record, unpacked))
 }
 
 /// One round; `None` when the head moved while it ran.
@@ -157,17 +159,17 @@ async fn to_root(
         }));
     }
 
-    let (staging, done) = stage(config, store, state, &record, &config.root).await?;
+    let staging = Staging::new(&config.root, config.identity)?;
+    let unpacked = unpack(config, store, state, &record, &staging).await?;
     let Some(seen) = take_over(store, seen, &record, claimer).await? else {
-        staging.discard()?;
         return Ok(None);
     };
     state.forget_tree()?;
     staging.put_in_place(&config.root)?;
     reindex(config, state, &record).await?;
     hold(state, seen, claimer);
-    state.remember_tree(&config.root, Some(done.described.clone()))?;
-    Ok(Some(done))
+    state.remember_tree(&config.root, Some(describe(&record)))?;
+    Ok(Some(Done::new(&record, unpacked)))
 }
 
 /// Whether the tree on the disk goes on from the newest snapshot, with nobody else's in between: then it is the same or
@@ -350,124 +352,6 @@ async fn is_there_already(config: &Config, state: &State, record: &Record) -> Re
         is_tree_same(&root, &excludes, index, &snapshot, Racy::Read)
     })
     .await?
-}
-
-/// Makes the whole tree of a snapshot beside `place`; nothing stays behind when that fails.
-async fn stage(
-    config: &Config,
-    store: &dyn Store,
-    state: &State,
-    record: &Record,
-    place: &Path,
-) -> Result<(Staging, Done), Error> {
-    let staging = Staging::new(place, config.identity)?;
-    match unpack(config, store, state, record, &staging).await {
-        Ok(done) => Ok((staging, done)),
-        Err(error) => {
-            if let Err(leftover) = staging.discard() {
-                log::warn(
-                    "a partial restore stays on the disk until the next one",
-                    &[("error", leftover.to_string().into())],
-                );
-            }
-            Err(error)
-        }
-    }
-}
-
-/// Downloads, checks and unpacks a snapshot.
-async fn unpack(
-    config: &Config,
-    store: &dyn Store,
-    state: &State,
-    record: &Record,
-    staging: &Staging,
-) -> Result<Done, Error> {
-    let layer = only_layer(record)?;
-    let mut index = state.scratch("layer-index.new")?;
-    fetch_index(store, &layer, &mut index).await?;
-    index
-        .seek(SeekFrom::Start(0))
-        .map_err(Error::local("read", "the index under way"))?;
-    let unreadable = {
-        let key = record::layer_key(&layer.id);
-        move |error: std::io::Error| Error::Damaged {
-            key: key.clone(),
-            reason: format!("its index cannot be read: {error}"),
-        }
-    };
-    let mut lines = IndexReader::new(index).map_err(&unreadable)?;
-    let table = check_header(&layer, lines.line().map_err(&unreadable)?)?.frames;
-
-    let (sender, receiver) = mpsc::channel(WAITING_FRAMES);
-    let mut raw = RawStream::new(layer.clone(), table.clone(), receiver)?;
-    let is_owner_kept = Uid::effective().is_root() && config.identity.is_none();
-    let mut applier = Applier::new(staging.fd()?, is_owner_kept, record::layer_key(&layer.id));
-    let write = with_identity(config.identity, "writer", move || {
-        while let Some(entry) = lines.entry().map_err(&unreadable)? {
-            applier.apply(entry, &mut raw)?;
-        }
-        Ok::<_, Halt>(applier.finish()?)
-    });
-    let (fetched, written) = tokio::join!(fetch_frames(store, &layer, &table, sender), write);
-    let (files, bytes) = match (fetched.as_ref(), written?) {
-        (_, Ok(done)) => done,
-        (_, Err(Halt::Failed(error))) => return Err(error),
-        (Err(_), Err(Halt::Stopped)) => (0, 0),
-        (Ok(_), Err(Halt::Stopped)) => return Err(Error::Internal("download")),
-    };
-    Ok(Done {
-        described: describe(record),
-        unchanged: false,
-        files,
-        bytes,
-        downloaded: fetched? + layer.index_size,
-    })
-}
-
-/// The layer of a snapshot; this version writes and reads snapshots of one whole layer.
-fn only_layer(record: &Record) -> Result<Layer, Error> {
-    match &record.layers[..] {
-        [layer] => Ok(layer.clone()),
-        layers => Err(Error::Damaged {
-            key: record::key(&record.id),
-            reason: format!("it has {} layers, this version reads one", layers.len()),
-        }),
-    }
-}
-
-/// Writes the local index of the tree that was just restored: hashes from the layer, stamps from the disk.
-async fn reindex(config: &Config, state: &State, record: &Record) -> Result<(), Error> {
-    let layer_index = state.read_scratch("layer-index.new")?;
-    let index = state.index_under_way()?;
-    let (root, excludes) = (config.root.clone(), config.excludes.clone());
-    let snapshot = record.id.clone();
-    with_identity(config.identity, "walk", move || {
-        let cannot_read = || Error::local("read", "the index under way");
-        let mut lines = IndexReader::new(layer_index).map_err(cannot_read())?;
-        // The header was judged before the restore.
-        lines.line().map_err(cannot_read())?;
-        let mut index = LocalIndex::new(index, &snapshot, file_clock()?)?;
-        let mut line = lines.entry().map_err(cannot_read())?;
-        let visit = |found: Found<'_>| {
-            let mut entry = found.entry;
-            while let Some(known) = line.take_if(|known| compare(&known.path, &entry.path).is_le())
-            {
-                line = lines.entry().map_err(cannot_read())?;
-                if known.path == entry.path {
-                    entry.sha256 = known.sha256;
-                    entry.extents = known.extents;
-                    entry.xattrs = known.xattrs;
-                }
-            }
-            index.entry(&entry)?;
-            Ok::<_, Error>(Verdict::Taken)
-        };
-        scan::walk(&root, &excludes, visit, |_, _| ())?;
-        index.finish()
-    })
-    .await??;
-    state.keep_index()
 }
 
 fn answer(done: &Done, place: &Path, begun: Instant) -> Answer {

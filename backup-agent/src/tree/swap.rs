@@ -74,11 +74,6 @@ impl Staging {
             .map_err(Error::local("open", &self.path))
     }
 
-    /// Removes the directory with what is in it.
-    pub fn discard(self) -> Result<(), Error> {
-        remove(&self.path).map_err(Error::local("remove", &self.path))
-    }
-
     /// Puts the finished tree in the place of `root` and removes the old one.
     pub fn put_in_place(self, root: &Path) -> Result<(), Error> {
         let swap = |flags| renameat_with(CWD, &self.path, CWD, root, flags);

@@ -1,50 +1,32 @@
 //! A store on R2, S3 or whatever speaks its protocol. Requests are signed by rusty-s3; the signature is in the query, so
 //! no address is ever logged or put into an error.
 
-use std::{sync::Mutex, time::Duration};
+mod remote;
 
-use base64::{Engine, prelude::BASE64_STANDARD};
-use hyper::{
-    HeaderMap, Method, StatusCode,
-    body::Bytes,
-    header::{CONTENT_RANGE, ETAG, HeaderName, HeaderValue, RETRY_AFTER},
+use std::{
+    sync::{Arc, Mutex},
+    time::Duration,
 };
-use md5::{Digest, Md5};
+
+use hyper::{HeaderMap, Method, StatusCode, body::Bytes};
 use rusty_s3::{
     Bucket, Credentials, S3Action, UrlStyle,
-    actions::{AbortMultipartUpload, CreateMultipartUpload, ListObjectsV2},
+    actions::{AbortMultipartUpload, ListObjectsV2},
 };
-use tokio::{sync::mpsc, task::JoinSet, time::Instant};
-use url::Url;
+use tokio::{sync::mpsc, task::JoinSet};
 
-use super::{
-    Part, Pending, SMALL_OBJECT, Store, StoreError,
-    http::{Http, Response},
-    retry::retry,
-};
+use self::remote::{ANSWER, EXPIRY, Remote, deadline, entity_tag, header_value, whole_size};
+use super::{Part, Pending, SMALL_OBJECT, Store, StoreError, http::Http, retry::retry};
 use crate::{config, error::Error};
 
-/// Validity of a signature: longer than the longest attempt, shorter than anyone needs to replay it.
-const EXPIRY: Duration = Duration::from_mins(15);
 /// Parts of one upload that are on their way at once. Two keep the line busy while the next part is compressed.
 const IN_FLIGHT: usize = 2;
-/// Largest answer that is not an object: a page of a listing has at most 1,000 keys of at most 1 KiB, each in XML.
-const ANSWER: usize = 4 << 20;
-
 /// Objects below one prefix of a bucket.
 pub struct S3 {
-    remote: std::sync::Arc<Remote>,
+    remote: Arc<Remote>,
     prefix: String,
     /// Multipart uploads begun and neither completed nor aborted: object and upload id.
     open: Mutex<Vec<(String, String)>>,
-}
-
-/// What requests need, shared with the tasks that send parts.
-struct Remote {
-    http: Http,
-    bucket: Bucket,
-    credentials: Credentials,
-    deadline: Instant,
 }
 
 impl S3 {
@@ -64,7 +46,7 @@ impl S3 {
             None => Credentials::new(id, secret),
         };
         Ok(Self {
-            remote: std::sync::Arc::new(Remote {
+            remote: Arc::new(Remote {
                 http: Http::new(),
                 bucket,
                 credentials,
@@ -293,264 +275,5 @@ impl Store for S3 {
             }
             Ok(())
         })
-    }
-}
-
-impl Remote {
-    /// One attempt of a request; `action` signs it afresh, as signatures age while we wait.
-    async fn attempt(
-        &self,
-        method: Method,
-        action: impl Fn(&Self) -> (Url, HeaderMap),
-        body: Bytes,
-        limit: usize,
-    ) -> Result<Response, StoreError> {
-        let (url, headers) = action(self);
-        let answer = self.http.send(method, &url, headers, body, limit).await?;
-        if answer.status.is_success() {
-            Ok(answer)
-        } else {
-            Err(refusal(&answer))
-        }
-    }
-
-    /// A request that is tried again while the failure is transient.
-    async fn send(
-        &self,
-        method: Method,
-        action: impl Fn(&Self) -> (Url, HeaderMap),
-        body: Bytes,
-        limit: usize,
-    ) -> Result<(Response, ()), StoreError> {
-        self.send_and(method, action, body, limit, |_| Some(()))
-            .await
-    }
-
-    /// The same, where an answer that `parse` cannot use counts as a failure too: S3 may answer 200 and then an error.
-    async fn send_and<T>(
-        &self,
-        method: Method,
-        action: impl Fn(&Self) -> (Url, HeaderMap),
-        body: Bytes,
-        limit: usize,
-        parse: impl Fn(&Response) -> Option<T>,
-    ) -> Result<(Response, T), StoreError> {
-        retry(self.deadline, || async {
-            let answer = self
-                .attempt(method.clone(), &action, body.clone(), limit)
-                .await?;
-            match parse(&answer) {
-                Some(parsed) => Ok((answer, parsed)),
-                None => Err(StoreError::Protocol(
-                    "it is not of the form that S3 gives it",
-                )),
-            }
-        })
-        .await
-    }
-
-    async fn put(
-        &self,
-        object: &str,
-        bytes: Bytes,
-        condition: Option<(&'static str, &str)>,
-    ) -> Result<Response, StoreError> {
-        let sum = checksum(&bytes);
-        let mut headers = HeaderMap::new();
-        headers.insert(HeaderName::from_static(CONTENT_MD5), header_value(&sum)?);
-        if let Some((name, value)) = condition {
-            headers.insert(HeaderName::from_static(name), header_value(value)?);
-        }
-        let action = |remote: &Self| {
-            let mut put = remote.bucket.put_object(Some(&remote.credentials), object);
-            put.headers_mut().insert(CONTENT_MD5, sum.as_str());
-            if let Some((name, value)) = condition {
-                put.headers_mut().insert(name, value);
-            }
-            (put.sign(EXPIRY), headers.clone())
-        };
-        let (answer, ()) = self.send(Method::PUT, action, bytes, ANSWER).await?;
-        Ok(answer)
-    }
-
-    async fn create_upload(&self, object: &str) -> Result<String, StoreError> {
-        let action = |remote: &Self| {
-            let create = remote
-                .bucket
-                .create_multipart_upload(Some(&remote.credentials), object);
-            (create.sign(EXPIRY), HeaderMap::new())
-        };
-        let (_, upload_id) = self
-            .send_and(Method::POST, action, Bytes::new(), ANSWER, |answer| {
-                let text = std::str::from_utf8(&answer.body).ok()?;
-                let parsed = CreateMultipartUpload::parse_response(text).ok()?;
-                Some(parsed.upload_id().to_owned())
-            })
-            .await?;
-        Ok(upload_id)
-    }
-
-    async fn put_part(
-        &self,
-        object: &str,
-        upload_id: &str,
-        number: usize,
-        bytes: Bytes,
-    ) -> Result<String, StoreError> {
-        let number = u16::try_from(number + 1)
-            .map_err(|_| StoreError::Protocol("the object has too many parts"))?;
-        let sum = checksum(&bytes);
-        let headers =
-            HeaderMap::from_iter([(HeaderName::from_static(CONTENT_MD5), header_value(&sum)?)]);
-        let action = |remote: &Self| {
-            let credentials = Some(&remote.credentials);
-            let mut put = remote
-                .bucket
-                .upload_part(credentials, object, number, upload_id);
-            put.headers_mut().insert(CONTENT_MD5, sum.as_str());
-            (put.sign(EXPIRY), headers.clone())
-        };
-        let (answer, ()) = self.send(Method::PUT, action, bytes, ANSWER).await?;
-        entity_tag(&answer)
-    }
-
-    async fn complete(
-        &self,
-        object: &str,
-        upload_id: &str,
-        tags: &[String],
-    ) -> Result<(), StoreError> {
-        let (bucket, credentials) = (&self.bucket, Some(&self.credentials));
-        let tags = || tags.iter().map(String::as_str);
-        let body = bucket
-            .complete_multipart_upload(credentials, object, upload_id, tags())
-            .body();
-        let action = |remote: &Self| {
-            let credentials = Some(&remote.credentials);
-            let complete =
-                remote
-                    .bucket
-                    .complete_multipart_upload(credentials, object, upload_id, tags());
-            (complete.sign(EXPIRY), HeaderMap::new())
-        };
-        let done = self
-            .send_and(Method::POST, action, body.into(), ANSWER, |answer| {
-                let text = std::str::from_utf8(&answer.body).ok()?;
-                text.contains("<CompleteMultipartUploadResult")
-                    .then_some(())
-            })
-            .await;
-        match done {
-            // No such upload: an earlier try completed it and its answer was lost. The layer is read back by its sha256
-            // before it is ever used, so its being there is all that matters here.
-            Err(StoreError::NotFound) => {
-                let action = |remote: &Self| {
-                    let head = remote.bucket.head_object(Some(&remote.credentials), object);
-                    (head.sign(EXPIRY), HeaderMap::new())
-                };
-                self.send(Method::HEAD, action, Bytes::new(), ANSWER)
-                    .await?;
-                Ok(())
-            }
-            other => other.map(|_| ()),
-        }
-    }
-}
-
-/// The body's own checksum, which every S3 service compares with what arrived.
-const CONTENT_MD5: &str = "content-md5";
-
-fn checksum(bytes: &[u8]) -> String {
-    BASE64_STANDARD.encode(Md5::digest(bytes))
-}
-
-/// No operation is bounded by more than this; it keeps the sum of clock and bound in range.
-fn deadline(bound: Duration) -> Instant {
-    let now = Instant::now();
-    now.checked_add(bound)
-        .unwrap_or_else(|| now + Duration::from_hours(8760))
-}
-
-fn header_value(text: &str) -> Result<HeaderValue, StoreError> {
-    HeaderValue::from_str(text).map_err(|_| StoreError::Protocol("a tag cannot be sent back"))
-}
-
-fn entity_tag(answer: &Response) -> Result<String, StoreError> {
-    let tag = answer
-        .headers
-        .get(ETAG)
-        .and_then(|value| value.to_str().ok());
-    tag.map(str::to_owned)
-        .ok_or(StoreError::Protocol("it has no ETag"))
-}
-
-/// Size of the whole object that a range came from: `Content-Range: bytes 0-9/100`.
-fn whole_size(answer: &Response) -> Option<u64> {
-    let range = answer.headers.get(CONTENT_RANGE)?.to_str().ok()?;
-    range.rsplit_once('/')?.1.parse().ok()
-}
-
-/// The error that an unsuccessful answer stands for.
-fn refusal(answer: &Response) -> StoreError {
-    let text = String::from_utf8_lossy(&answer.body);
-    let code = text
-        .split_once("<Code>")
-        .and_then(|(_, rest)| rest.split_once("</Code>"))
-        .map(|(code, _)| code)
-        .filter(|code| code.len() <= 64 && code.bytes().all(|b| b.is_ascii_alphanumeric()))
-        .unwrap_or_default();
-    match (answer.status.as_u16(), code) {
-        // A missing bucket is a wrong setting, not an empty store.
-        (404, code) if code != "NoSuchBucket" => StoreError::NotFound,
-        (412, _) => StoreError::Conflict,
-        (status, code) => StoreError::Status {
-            status,
-            code: code.to_owned(),
-            retry_after: answer
-                .headers
-                .get(RETRY_AFTER)
-                .and_then(|value| value.to_str().ok()?.parse().ok())
-                .map(Duration::from_secs),
-        },
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn answer(status: u16, body: &str) -> Response {
-        Response {
-            status: StatusCode::from_u16(status).expect("a status"),
-            headers: HeaderMap::from_iter([(RETRY_AFTER, HeaderValue::from_static("7"))]),
-            body: Bytes::copy_from_slice(body.as_bytes()),
-        }
-    }
-
-    #[test]
-    fn answers_become_the_errors_they_stand_for() {
-        let busy = refusal(&answer(503, "<Error><Code>SlowDown</Code></Error>"));
-        assert_eq!(busy.to_string(), "the service answered 503 SlowDown");
-        assert!(
-            matches!(busy, StoreError::Status { retry_after: Some(wait), .. } if wait.as_secs() == 7)
-        );
-        assert!(matches!(refusal(&answer(412, "")), StoreError::Conflict));
-        assert!(matches!(
-            refusal(&answer(404, "<Code>NoSuchKey</Code>")),
-            StoreError::NotFound
-        ));
-        assert!(matches!(
-            refusal(&answer(404, "<Code>NoSuchBucket</Code>")),
-            StoreError::Status { status: 404, .. }
-        ));
-    }
-
-    #[test]
-    fn prose_of_the_service_is_not_repeated() {
-        let error = refusal(&answer(403, "<Code>a b&amp;c</Code> X-Amz-Signature=abc"));
-        assert_eq!(
-            error.to_string(),
-            "the service answered 403; check the S3 credentials, what they may do, and this machine's clock"
-        );
     }
 }
