@@ -65,4 +65,4 @@ GREETING
 # Twice in the background: the supervisor takes this process over, and must not find a child that it did not start.
 (greet $$ &)
 
-exec dist/supervisor -- openclaw gateway run --port "$gateway_port" --bind loopback --allow-unconfigured
+exec dist/supervisor

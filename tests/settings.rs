@@ -105,8 +105,8 @@ fn each_bad_value_has_its_sentence() {
         assert!(output.stdout.is_empty(), "{row:?}");
         let said = text(&output.stderr);
         assert!(
-            said.contains(row[row.len() - 1].0.trim_end_matches("_FILE")),
-            "{row:?}: {said}"
+            said.starts_with("supervisor: cannot use RUNTIME_"),
+            "{said}"
         );
         assert!(!said.contains("secret@") && !said.contains(TOKEN), "{said}");
         for (name, value) in &row {
@@ -209,6 +209,41 @@ fn an_unknown_command_line_is_a_usage_error() {
         assert_eq!(output.status.code(), Some(0));
         assert!(text(&output.stdout).contains("supervisor"));
     }
+}
+
+#[test]
+fn what_stops_a_start_is_said_in_one_sentence() {
+    let folder = tempfile::tempdir().expect("can make a folder");
+    let program = folder.path().join("supervisor");
+    std::fs::copy(binary("supervisor"), &program).expect("can copy");
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").expect("there is a free port");
+    let address = taken.local_addr().expect("is bound").to_string();
+    let start = |arguments: &[&str]| {
+        let output = Command::new(&program)
+            .args(arguments)
+            .env_clear()
+            .env("RUNTIME_SERVICE_TOKEN", TOKEN)
+            .env("RUNTIME_LISTEN", &address)
+            .output()
+            .expect("can be executed");
+        let said = text(&output.stderr).replace(&address, "ADDRESS");
+        let said = said.replace(&folder.path().display().to_string(), "FOLDER");
+        // The two C libraries word this differently.
+        let said = said.replace("Address in use", "Address already in use");
+        let lines: Vec<&str> = said.lines().filter(|line| !line.starts_with('{')).collect();
+        format!(
+            "{arguments:?} exits {:?}: {}\n",
+            output.status.code(),
+            lines.join("\n")
+        )
+    };
+    let mut golden = start(&["--", "true"]);
+    std::fs::write(folder.path().join("backup-agent"), "").expect("can write");
+    golden.push_str(&start(&["--", "true"]));
+    golden.push_str(&start(&["walk"]));
+    drop(taken);
+    golden.push_str(&start(&["healthcheck"]));
+    golden::compare("startup.txt", &golden);
 }
 
 #[test]

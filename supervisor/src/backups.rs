@@ -76,7 +76,12 @@ impl<R> Backups<R> {
             Mode::Fenced => return Err((reply, Refusal::Fenced)),
             Mode::Enabled(_) => {}
         }
-        if self.running && !self.waiting.is_empty() && self.last != Last::Due {
+        let is_shared = match self.last {
+            Last::NotDue => !self.waiting.is_empty(),
+            Last::Due => false,
+            Last::Begun => true,
+        };
+        if self.running && is_shared {
             self.waiting.push(reply);
         } else {
             self.queued.push(reply);
@@ -218,6 +223,17 @@ mod tests {
         backups.end(MINUTE, 0.5);
         assert!(backups.is_over());
         assert_eq!(backups.next(), None);
+    }
+
+    #[test]
+    fn calls_during_the_last_run_share_it_and_cause_no_other() {
+        let mut backups = enabled();
+        backups.ask_last();
+        assert_eq!(backups.begin(Duration::ZERO), Some(Verb::Backup));
+        backups.ask(1).expect("is enabled");
+        assert_eq!(backups.end(MINUTE, 0.5), [1]);
+        assert_eq!(backups.begin(MINUTE), None);
+        assert!(backups.is_over());
     }
 
     #[test]

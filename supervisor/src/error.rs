@@ -31,7 +31,7 @@ pub enum Error {
         action: &'static str,
         source: io::Error,
     },
-    #[error("cannot find the backup-agent beside {executable}")]
+    #[error("cannot find the backup agent: there is no {executable}")]
     NoAgent { executable: PathBuf },
     #[error("cannot reach the supervisor on {address}: {reason}")]
     Unhealthy { address: SocketAddr, reason: String },

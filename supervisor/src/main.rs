@@ -68,6 +68,8 @@ fn main() -> ExitCode {
 }
 
 fn run(signals: io::Result<Signals>) -> Result<bool, Error> {
+    // From here on nobody of our own user reads our memory or environment, both of which hold the service token.
+    prctl::set_dumpable(false).map_err(|error| start("hiding our memory")(error.into()))?;
     let arguments: Vec<OsString> = std::env::args_os().skip(1).collect();
     let words: Vec<&str> = arguments.iter().map_while(|word| word.to_str()).collect();
     let command = match words.as_slice() {
@@ -123,19 +125,13 @@ fn supervise(config: Config, signals: Signals) -> Result<bool, Error> {
         let place = panic.location().map(ToString::to_string);
         log!(Error, "panicked", at = place);
     }));
+    // Orphans come to us even when we are not PID 1.
+    prctl::set_child_subreaper(true).map_err(|error| start("adopting orphans")(error.into()))?;
     let executable = agent::executable().map_err(start("finding the backup-agent"))?;
     if !executable.is_file() {
         return Err(Error::NoAgent { executable });
     }
-    harden()?;
     runtime()?.block_on(serve(Arc::new(config), executable, signals))
-}
-
-/// Nobody of our own user reads our memory or environment, and orphans come to us even when we are not PID 1.
-fn harden() -> Result<(), Error> {
-    prctl::set_dumpable(false)
-        .and_then(|()| prctl::set_child_subreaper(true))
-        .map_err(|error| start("asking the kernel for protection")(error.into()))
 }
 
 fn runtime() -> Result<Runtime, Error> {

@@ -5,8 +5,10 @@
 
 use std::io;
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 
 use signal_hook::consts::{SIGCHLD, SIGHUP, SIGINT, SIGTERM};
+use signal_hook::flag;
 use signal_hook::low_level::pipe;
 use tokio::io::AsyncReadExt as _;
 
@@ -24,8 +26,7 @@ impl Signals {
         let (termination, wake) = UnixStream::pair()?;
         pipe::register(SIGTERM, wake.try_clone()?)?;
         pipe::register(SIGINT, wake)?;
-        let (_, nobody) = UnixStream::pair()?;
-        pipe::register(SIGHUP, nobody)?;
+        flag::register(SIGHUP, Arc::default())?;
         Ok(Self {
             children,
             termination,

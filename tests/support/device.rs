@@ -15,6 +15,8 @@ use ring::signature::{Ed25519KeyPair, KeyPair as _};
 use serde_json::{Value, json};
 use tungstenite::{Message, WebSocket};
 
+use crate::tree::hex;
+
 /// Longest wait for one message: a busy machine answers within seconds, a hung gateway never.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -52,9 +54,7 @@ impl Device {
     /// The id that the gateway derives from the public key: its SHA-256, in hex.
     #[must_use]
     pub fn id(&self) -> String {
-        let hash = digest(&SHA256, self.key.public_key().as_ref());
-        let bytes = hash.as_ref().iter();
-        bytes.fold(String::new(), |hex, byte| format!("{hex}{byte:02x}"))
+        hex(digest(&SHA256, self.key.public_key().as_ref()).as_ref())
     }
 
     /// Connects once with the gateway's shared token and reports the welcome.

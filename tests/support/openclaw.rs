@@ -81,5 +81,6 @@ pub fn prepare_script() -> PathBuf {
 
 /// The clone that these tests were built in.
 fn repository() -> &'static Path {
-    Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/.."))
+    let tests = Path::new(env!("CARGO_MANIFEST_DIR"));
+    tests.parent().unwrap_or(tests)
 }

@@ -76,8 +76,8 @@ async fn answer(context: &Context, request: Request<Incoming>) -> Result<Answer,
     let config = &context.config;
     match route {
         Route::Status => {
-            let status = context.status.borrow().clone();
-            let data = status.render(config, context.booted.elapsed().as_secs());
+            let uptime = context.booted.elapsed().as_secs();
+            let data = context.status.borrow().render(config, uptime);
             Ok(success(StatusCode::OK, data))
         }
         Route::Restart => {
@@ -131,6 +131,9 @@ fn must_run(context: &Context) -> Result<(), Problem> {
 
 async fn discard_body(body: Incoming) -> Result<(), Problem> {
     const TOO_LARGE: Problem = Problem::InvalidRequest("the body is larger than 16 KiB");
+    if body.is_end_stream() {
+        return Ok(());
+    }
     if body.size_hint().lower() > MAX_BODY {
         return Err(TOO_LARGE);
     }

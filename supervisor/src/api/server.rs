@@ -14,7 +14,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::time::{sleep, timeout};
 
-use super::envelope::Problem;
+use super::envelope::{Answer, Problem};
 use super::routes::{self, Context};
 use crate::log::log;
 
@@ -28,8 +28,9 @@ const HEAD_TIME_LIMIT: Duration = Duration::from_secs(10);
 const BUFFER: usize = 8 * 1024;
 const MAX_HEADERS: usize = 64;
 
-/// Longest life of a connection, so that one whose peer reads nothing goes too. Long enough for the slowest backup.
+/// Longest life of a connection, so that one whose peer reads nothing goes too; then for the answer under way.
 const MAX_LIFE: Duration = Duration::from_hours(1);
+const LAST_ANSWER: Duration = Duration::from_mins(10);
 
 /// When `accept` fails it is mostly for lack of descriptors: others have to end first.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -96,13 +97,8 @@ async fn serve(
     // Answers are single small writes; waiting to merge them only delays.
     let _ = stream.set_nodelay(true);
     let service = service_fn(move |request| {
-        let handler = tokio::spawn(routes::handle(context.clone(), request));
-        async move {
-            let answer = handler.await.unwrap_or_else(|_| {
-                Problem::Internal("the request met a bug in the runtime".to_owned()).answer()
-            });
-            Ok::<_, Infallible>(answer)
-        }
+        let answer = contained(routes::handle(context.clone(), request));
+        async { Ok::<_, Infallible>(answer.await) }
     });
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
@@ -113,12 +109,37 @@ async fn serve(
     let mut connection = std::pin::pin!(connection);
     // Broken connections are the peer's business: nothing of them is logged.
     tokio::select! {
-        _ = connection.as_mut() => {}
-        // Published once, when we close.
-        _ = closing.changed() => {
-            connection.as_mut().graceful_shutdown();
-            let _ = connection.await;
-        }
+        _ = connection.as_mut() => return,
         () = sleep(MAX_LIFE) => {}
+        // Published once, when we close.
+        _ = closing.changed() => {}
+    }
+    connection.as_mut().graceful_shutdown();
+    let _ = timeout(LAST_ANSWER, connection).await;
+}
+
+/// Runs a handler so that its panic is an answer too. It goes on when its caller hangs up.
+fn contained(
+    handler: impl Future<Output = Answer> + Send + 'static,
+) -> impl Future<Output = Answer> {
+    let handler = tokio::spawn(handler);
+    async move {
+        handler.await.unwrap_or_else(|_| {
+            Problem::Internal("the request met a bug in the runtime".to_owned()).answer()
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_panic_in_a_handler_is_a_500() {
+        let runtime = tokio::runtime::Builder::new_current_thread().build();
+        let answer = runtime
+            .expect("can be built")
+            .block_on(async { contained(async { panic!("on purpose") }).await });
+        assert_eq!(answer.status(), 500);
     }
 }

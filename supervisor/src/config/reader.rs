@@ -130,7 +130,9 @@ impl<'a> Reader<'a> {
         };
         self.variables
             .iter()
-            .filter(|(name, _)| super::belongs_to_the_runtime(name))
+            .filter(|(name, value)| {
+                super::environment::belongs_to_the_runtime(name) && !value.is_empty()
+            })
             .map(|(name, _)| name.to_string_lossy().into_owned())
             .filter(|name| !is_known(name))
             .collect()
@@ -145,7 +147,7 @@ fn read_secret(path: &OsStr) -> Result<String, String> {
         Err(error) if error.kind() == std::io::ErrorKind::InvalidData => {
             Err("it is not UTF-8".to_owned())
         }
-        Err(error) => Err(error.kind().to_string()),
+        Err(error) => Err(error.to_string()),
         Ok(length) if length as u64 > MAX_SECRET_FILE => {
             Err(format!("it is longer than {} KiB", MAX_SECRET_FILE / 1024))
         }

@@ -1,0 +1,222 @@
+//! The owner's hands on the gateway: starting it, hearing of its end, asking it to go, and sweeping up after it.
+
+use std::fs;
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
+use std::process::Command;
+use std::time::{Duration, SystemTime};
+
+use nix::sys::signal::Signal;
+use nix::unistd::Pid;
+use serde_json::json;
+use tokio::task::JoinHandle;
+
+use super::{Event, Owner, signal};
+use crate::api::envelope::Problem;
+use crate::gateway::state::{self, Phase, Then};
+use crate::gateway::sweep::{self, Belongs};
+use crate::gateway::{files, probe, process, rpc};
+use crate::log::log;
+use crate::reaper::{Exit, pid};
+
+/// The gateway takes a restart request in milliseconds; one that does not gets SIGTERM.
+const ASK_TIME_LIMIT: Duration = Duration::from_secs(2);
+
+/// The gateway's process, or that of its prepare script.
+pub(super) struct Process {
+    pub pid: Pid,
+    pub is_gateway: bool,
+    probe: Option<JoinHandle<()>>,
+}
+
+impl Owner {
+    /// A tree that does not exist yet, or a fresh volume that belongs to root, becomes the gateway's.
+    pub(super) fn ready_root(&self) {
+        let (root, user) = (&self.config.root, &self.config.user);
+        let made = fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(root);
+        let given = made.and_then(|()| {
+            let us = nix::unistd::geteuid();
+            if us.is_root() && user.is_apart() && fs::symlink_metadata(root)?.uid() == us.as_raw() {
+                let (uid, gid) = (user.uid.as_raw(), user.gid.as_raw());
+                std::os::unix::fs::lchown(root, Some(uid), Some(gid))?;
+            }
+            Ok(())
+        });
+        if let Err(error) = given {
+            log!(
+                Error,
+                "the root cannot be made ready",
+                reason = error.to_string()
+            );
+        }
+    }
+
+    pub(super) fn spawn(&mut self, mut command: Command, is_gateway: bool) -> Option<state::Event> {
+        self.is_swept = false;
+        match self.reaper.spawn(&mut command) {
+            Ok((child, exit)) => {
+                let pid = pid(&child);
+                log!(Info, "started", pid = pid.as_raw(), is_gateway = is_gateway);
+                let events = self.events.clone();
+                tokio::spawn(async move {
+                    if let Ok(exit) = exit.await {
+                        let _ = events.send(Event::Exited(pid, exit));
+                    }
+                });
+                let probe = is_gateway.then(|| {
+                    let (events, gateway) = (self.events.clone(), self.config.gateway_address);
+                    tokio::spawn(async move {
+                        probe::until_ready(gateway).await;
+                        let _ = events.send(Event::Ready(pid));
+                    })
+                });
+                self.process = Some(Process {
+                    pid,
+                    is_gateway,
+                    probe,
+                });
+                None
+            }
+            Err(error) => {
+                let code = process::exec_failure_code(&error);
+                let program = command.get_program().to_string_lossy().into_owned();
+                log!(
+                    Error,
+                    "cannot execute",
+                    program = program,
+                    reason = error.to_string()
+                );
+                let exit = Exit {
+                    code: Some(code),
+                    signal: None,
+                };
+                self.status.last_exit = Some((exit, SystemTime::now()));
+                Some(state::Event::Exited(Some(code)))
+            }
+        }
+    }
+
+    pub(super) fn exited(&mut self, pid: Pid, exit: Exit) {
+        if !self.is_current(pid) {
+            return;
+        }
+        let process = self.process.take().expect("is current");
+        if let Some(probe) = process.probe {
+            probe.abort();
+        }
+        log!(
+            Info,
+            "exited",
+            pid = pid.as_raw(),
+            is_gateway = process.is_gateway,
+            code = exit.code,
+            signal = exit.signal_name(),
+        );
+        if process.is_gateway || exit.code != Some(0) {
+            self.status.last_exit = Some((exit, SystemTime::now()));
+        }
+        self.step(state::Event::Exited(exit.code));
+        if std::mem::take(&mut self.is_swept) {
+            self.step(state::Event::Swept);
+        }
+    }
+
+    pub(super) fn sweep(&mut self) -> Option<state::Event> {
+        let belongs = self.belongs();
+        if self.process.is_none() && sweep::is_clean(&belongs) {
+            return Some(state::Event::Swept);
+        }
+        let events = self.events.clone();
+        tokio::spawn(async move {
+            sweep::sweep(belongs).await;
+            let _ = events.send(Event::Swept);
+        });
+        None
+    }
+
+    pub(super) fn belongs(&self) -> Belongs {
+        let user = &self.config.user;
+        if user.is_apart() {
+            Belongs::ToUser(user.uid)
+        } else {
+            let agent = self.run.as_ref().and_then(|run| run.pid);
+            Belongs::ByDescent {
+                except: agent.into_iter().collect(),
+            }
+        }
+    }
+
+    /// The gateway's own restart request drains within a budget; SIGTERM alone may drain for five minutes.
+    pub(super) fn ask(&self) {
+        let Some(Process { pid, .. }) = self.process else {
+            return;
+        };
+        let Some(target) = files::restart_target(&self.config, pid.as_raw()) else {
+            signal(pid, Signal::SIGTERM);
+            return;
+        };
+        // A third of the grace is left for the exit itself.
+        let budget = self.config.stop_grace * 2 / 3;
+        let params = json!({
+            "reason": "supervisor",
+            "target": target,
+            "restartIntent": {
+                "force": true,
+                "drainBudgetMs": u64::try_from(budget.as_millis()).unwrap_or(u64::MAX),
+            },
+        });
+        let (config, events) = (self.config.clone(), self.events.clone());
+        tokio::spawn(async move {
+            let call = rpc::call(&config, "gateway.restart.request", params);
+            let answer = tokio::time::timeout(ASK_TIME_LIMIT, call).await;
+            if !matches!(answer, Ok(Ok(_))) {
+                let _ = events.send(Event::AskFailed(pid));
+            }
+        });
+    }
+
+    pub(super) fn ask_version(&self) {
+        let (config, events) = (self.config.clone(), self.events.clone());
+        tokio::spawn(async move {
+            match rpc::version(&config).await {
+                Ok(Some(version)) => drop(events.send(Event::Version(version))),
+                Ok(None) => {}
+                Err(error) => {
+                    let reason = config.secrets.scrub(&error.to_string());
+                    log!(
+                        Warn,
+                        "the gateway takes no calls; devices will fail",
+                        reason = reason
+                    );
+                }
+            }
+        });
+    }
+
+    /// The number of the start that a call leads to, counted from 1.
+    pub(super) fn restart(&mut self) -> Result<u64, Problem> {
+        let is_leaving = matches!(
+            self.state.phase,
+            Phase::Down
+                | Phase::Stopping {
+                    then: Then::Down,
+                    ..
+                }
+                | Phase::Sweeping { then: Then::Down }
+        );
+        if is_leaving {
+            return Err(Problem::GatewayUnavailable(
+                "the runtime is shutting down".into(),
+            ));
+        }
+        self.step(state::Event::Restart);
+        let is_under_way = matches!(self.state.phase, Phase::Starting { .. });
+        Ok(if is_under_way {
+            self.starts
+        } else {
+            self.starts + 1
+        })
+    }
+}

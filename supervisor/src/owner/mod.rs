@@ -1,0 +1,284 @@
+//! The one task that owns all state. Events come in, the pure parts (`gateway::state`, `backups`) decide, and this carries
+//! out what they say and publishes the result.
+//!
+//! Nothing here waits for anything but the next event: whatever takes time is a task that sends one when it is done.
+
+mod gateway;
+mod saving;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::Value;
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender};
+use tokio::sync::{oneshot, watch};
+use tokio::time::{Instant, sleep_until};
+
+use crate::agent::{Outcome, Run, Verb};
+use crate::api::envelope::Problem;
+use crate::backups::{Backups, Refusal};
+use crate::clock::Moment;
+use crate::config::Config;
+use crate::gateway::process;
+use crate::gateway::state::{self, Action, Phase, Policy, State};
+use crate::log::log;
+use crate::reaper::{Exit, Reaper};
+use crate::status::Status;
+use gateway::Process;
+
+/// What a backup answers to each call that shares it.
+pub type BackupAnswer = Result<Value, Problem>;
+
+/// Everything that can happen.
+pub enum Event {
+    /// SIGTERM or SIGINT.
+    Shutdown,
+    Restart(oneshot::Sender<Result<u64, Problem>>),
+    Backup(oneshot::Sender<BackupAnswer>),
+    Exited(Pid, Exit),
+    Ready(Pid),
+    Version(String),
+    /// The gateway could not be asked to go.
+    AskFailed(Pid),
+    Swept,
+    AgentEnded(Verb, Outcome),
+}
+
+/// The channel is not bounded: its senders are (children, connections, timers), and an owner that waited on itself would
+/// wait for ever.
+pub type Events = UnboundedSender<Event>;
+
+pub struct Owner {
+    config: Arc<Config>,
+    agent: PathBuf,
+    reaper: Reaper,
+    events: Events,
+    published: watch::Sender<Status>,
+    status: Status,
+    policy: Policy,
+    booted: Instant,
+    state: State,
+    process: Option<Process>,
+    /// The sweep found nothing, but the exit of `process` has not come through yet.
+    is_swept: bool,
+    starts: u64,
+    backups: Backups<oneshot::Sender<BackupAnswer>>,
+    run: Option<Run>,
+    next_backup: Option<Moment>,
+    is_final_snapshot_lost: bool,
+}
+
+impl Owner {
+    pub fn new(
+        config: Arc<Config>,
+        agent: PathBuf,
+        reaper: Reaper,
+        events: Events,
+        published: watch::Sender<Status>,
+    ) -> Self {
+        let policy = Policy {
+            startup_timeout: config.startup_timeout,
+            stop_grace: config.stop_grace,
+            hold: config.hold,
+        };
+        let backups = Backups::new(config.backup_interval);
+        let state = State::boot(config.prepare.is_some());
+        Self {
+            config,
+            agent,
+            reaper,
+            events,
+            published,
+            status: Status::boot(),
+            policy,
+            booted: Instant::now(),
+            state,
+            process: None,
+            is_swept: false,
+            starts: 0,
+            backups,
+            run: None,
+            next_backup: None,
+            is_final_snapshot_lost: false,
+        }
+    }
+
+    /// Boots, and returns after the shutdown: whether everything that should have been saved is.
+    pub async fn run(mut self, mut inbox: UnboundedReceiver<Event>) -> bool {
+        self.act(Action::Restore);
+        loop {
+            self.begin_backup();
+            self.publish();
+            if self.state.phase == Phase::Down && self.run.is_none() && self.backups.is_over() {
+                return !self.is_final_snapshot_lost;
+            }
+            // A backup that is due waits for a sweep, whose end is an event.
+            let next_backup = self.backups.next().filter(|_| !self.is_sweeping());
+            let due = [self.state.deadline(), next_backup];
+            let due = due.into_iter().flatten().min();
+            tokio::select! {
+                Some(event) = inbox.recv() => self.handle(event),
+                () = until(due.map(|due| self.booted + due)) => self.step(state::Event::Tick),
+            }
+        }
+    }
+
+    fn handle(&mut self, event: Event) {
+        match event {
+            Event::Shutdown => self.shutdown(),
+            Event::Restart(reply) => {
+                // Whoever asked may have gone; that changes nothing.
+                let _ = reply.send(self.restart());
+            }
+            Event::Backup(reply) => {
+                if let Err((reply, refusal)) = self.backups.ask(reply) {
+                    let _ = reply.send(Err(match refusal {
+                        Refusal::Disabled => Problem::BackupDisabled,
+                        Refusal::Fenced => Problem::Fenced,
+                    }));
+                }
+            }
+            Event::Exited(pid, exit) => self.exited(pid, exit),
+            Event::Ready(pid) if self.is_current(pid) => {
+                self.step(state::Event::Ready);
+                self.ask_version();
+            }
+            Event::Version(version) => self.status.openclaw = Some(version),
+            Event::AskFailed(pid) if self.is_current(pid) => signal(pid, Signal::SIGTERM),
+            Event::Ready(_) | Event::AskFailed(_) => {}
+            Event::Swept if self.process.is_some() => self.is_swept = true,
+            Event::Swept => self.step(state::Event::Swept),
+            Event::AgentEnded(Verb::Restore, outcome) => self.restored(outcome),
+            Event::AgentEnded(Verb::Backup | Verb::Fork, outcome) => self.backed_up(outcome),
+        }
+    }
+
+    /// Lets the state machine take one event, and does what it says until it says nothing more.
+    fn step(&mut self, event: state::Event) {
+        let mut event = Some(event);
+        while let Some(current) = event.take() {
+            let before = self.state.word();
+            let (state, action) =
+                state::next(self.state, current, self.now(), jitter(), &self.policy);
+            self.state = state;
+            let after = self.state.word();
+            if before != after {
+                self.status.since = SystemTime::now();
+                let wait = self
+                    .state
+                    .deadline()
+                    .map(|at| at.saturating_sub(self.now()));
+                let wait = wait.map(|wait| u64::try_from(wait.as_millis()).unwrap_or(u64::MAX));
+                log!(
+                    Info,
+                    "gateway",
+                    status = after,
+                    was = before,
+                    deadline_in_ms = wait
+                );
+            }
+            event = action.and_then(|action| self.act(action));
+        }
+    }
+
+    /// Carries out one action; some have a result at once.
+    fn act(&mut self, action: Action) -> Option<state::Event> {
+        match action {
+            Action::Restore => {
+                self.status.restore = "running";
+                self.start_agent(Verb::Restore);
+                None
+            }
+            Action::Prepare => {
+                self.ready_root();
+                let script = self.config.prepare.clone().unwrap_or_default();
+                let command = process::command(&self.config, script.as_os_str(), &[""; 0]);
+                self.spawn(command, false)
+            }
+            Action::Spawn => {
+                self.ready_root();
+                self.starts += 1;
+                let config = &self.config;
+                let (program, arguments) = config.command.split_first()?;
+                let command = process::command(config, program, arguments);
+                self.spawn(command, true)
+            }
+            Action::Ask => {
+                self.ask();
+                None
+            }
+            Action::Terminate => {
+                if let Some(process) = &self.process {
+                    signal(process.pid, Signal::SIGTERM);
+                }
+                None
+            }
+            Action::Sweep => self.sweep(),
+            Action::Finish => {
+                self.backups.ask_last();
+                if !self.backups.is_running() {
+                    // A restore has no use any more; it leaves the tree as it was.
+                    self.cancel_agent();
+                }
+                None
+            }
+        }
+    }
+
+    /// Each signal cuts the wait that is current: the gateway's grace first, then the agent.
+    fn shutdown(&mut self) {
+        log!(Info, "asked to stop");
+        if self.state.phase == Phase::Down {
+            self.cancel_agent();
+        }
+        self.step(state::Event::Shutdown);
+    }
+
+    fn publish(&mut self) {
+        if self.next_backup != self.backups.next() {
+            self.next_backup = self.backups.next();
+            let wait = self.next_backup.map(|next| next.saturating_sub(self.now()));
+            self.status.next_backup = wait.map(|wait| SystemTime::now() + wait);
+        }
+        let gateway = self.process.as_ref().filter(|process| process.is_gateway);
+        self.status.pid = gateway.map(|process| process.pid.as_raw());
+        self.status.gateway = self.state.word();
+        self.status.restarts = self.starts.saturating_sub(1);
+        self.status.backup = self.backups.word();
+        self.published.send_replace(self.status.clone());
+    }
+
+    fn is_current(&self, pid: Pid) -> bool {
+        self.process
+            .as_ref()
+            .is_some_and(|process| process.pid == pid)
+    }
+
+    fn is_sweeping(&self) -> bool {
+        matches!(self.state.phase, Phase::Sweeping { .. })
+    }
+
+    fn now(&self) -> Moment {
+        self.booted.elapsed()
+    }
+}
+
+async fn until(due: Option<Instant>) {
+    match due {
+        Some(due) => sleep_until(due).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// To a child whose exit has not come through, so the pid is still its own.
+fn signal(pid: Pid, signal: Signal) {
+    let _ = kill(pid, signal);
+}
+
+/// Evenly between 0 and 1; without randomness, in the middle.
+fn jitter() -> f64 {
+    getrandom::u32().map_or(0.5, |random| f64::from(random) / f64::from(u32::MAX))
+}

@@ -1,0 +1,325 @@
+//! A real gateway, supervised, backed up, lost with its disk and restored: what the runtime is for.
+//!
+//! Each test is two machines that share a store and nothing else. On the first a device is paired and a file
+//! written; the second has to know both.
+
+use std::error::Error;
+use std::ffi::OsStr;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use e2e::binaries::binary;
+use e2e::device::{Device, Welcome};
+use e2e::moto::Moto;
+use e2e::openclaw::{OpenClaw, prepare_script, require_approval};
+use e2e::supervisor::{Setup, Supervisor, is_alive, is_root};
+use e2e::wait::until;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::{Pid, User, geteuid};
+use serde_json::Value;
+
+type Outcome<T = ()> = Result<T, Box<dyn Error>>;
+
+/// What the gateway and its clients share.
+const GATEWAY_TOKEN: &str = "gateway-token-0123456789abcdefghij";
+
+/// Ready takes 10 to 20 seconds, a minute on a busy machine.
+const READY_DEADLINE: Duration = Duration::from_mins(3);
+
+/// A disk, and the runtime's place on it. The store is elsewhere.
+struct Machine {
+    openclaw: OpenClaw,
+    disk: PathBuf,
+    store: Vec<(&'static str, String)>,
+}
+
+impl Machine {
+    fn root(&self) -> PathBuf {
+        self.disk.join("root")
+    }
+
+    fn notes(&self) -> PathBuf {
+        self.root().join(".openclaw/workspace/notes.bin")
+    }
+
+    /// A supervisor that will run the real gateway and the real agent.
+    fn setup(&self) -> Outcome<(Setup, Command)> {
+        let user = User::from_uid(geteuid())?.ok_or("the caller has no name")?;
+        let mut setup = Setup::new()
+            .with("RUNTIME_ROOT", &self.root().display().to_string())
+            .with(
+                "RUNTIME_STATE",
+                &self.disk.join("state").display().to_string(),
+            )
+            .with("RUNTIME_GATEWAY_USER", &user.name)
+            .with("RUNTIME_GATEWAY_TOKEN", GATEWAY_TOKEN)
+            .with(
+                "RUNTIME_GATEWAY_PREPARE",
+                &prepare_script().display().to_string(),
+            );
+        for (name, value) in &self.store {
+            setup = setup.with(name, value);
+        }
+        let port = setup.gateway.port().to_string();
+        let command =
+            format!("openclaw gateway run --port {port} --bind loopback --allow-unconfigured");
+        let setup = setup.command(&command.split(' ').collect::<Vec<_>>());
+        let agent = setup.folder.path().join("bin/backup-agent");
+        fs::remove_file(&agent)?;
+        fs::copy(binary("backup-agent"), &agent)?;
+        let mut program = setup.program();
+        program
+            .env("PATH", self.openclaw.search_path())
+            .stdout(Stdio::null());
+        Ok((setup, program))
+    }
+
+    fn start(&self) -> Outcome<Supervisor> {
+        let (setup, program) = self.setup()?;
+        ready(setup.start_as(program))
+    }
+
+    /// Starts as if on a machine with another name.
+    fn start_elsewhere(&self) -> Outcome<Supervisor> {
+        let (setup, program) = self.setup()?;
+        let mut elsewhere = Command::new("unshare");
+        elsewhere
+            .args([
+                "--uts",
+                "sh",
+                "-c",
+                "hostname elsewhere && exec \"$0\" \"$@\"",
+            ])
+            .arg(program.get_program())
+            .args(program.get_args())
+            .env_clear()
+            .envs(
+                program
+                    .get_envs()
+                    .filter_map(|(name, value)| Some((name, value?))),
+            )
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped());
+        ready(setup.start_as(elsewhere))
+    }
+
+    /// Pairs a device through the API and leaves a file, then takes a snapshot of both.
+    fn leave_traces(&self, supervisor: &Supervisor) -> Outcome<Device> {
+        let gateway = supervisor.setup.gateway;
+        let device = Device::new()?;
+        let Welcome::Pending(request) = device.connect(gateway, GATEWAY_TOKEN)? else {
+            return Err("the gateway let an unknown device in".into());
+        };
+        let devices = data(supervisor, "GET", "/v1/devices")?;
+        assert_eq!(
+            find(&devices["pending"], "requestId", &request)["deviceId"],
+            device.id()
+        );
+        assert_eq!(devices["paired"], Value::Array(Vec::new()));
+
+        let approval = data(
+            supervisor,
+            "POST",
+            &format!("/v1/devices/{request}/approve"),
+        )?;
+        assert_eq!(approval["approved"], true);
+        assert_eq!(approval["requestId"], request);
+        assert_eq!(approval["device"]["deviceId"], device.id());
+        assert_eq!(device.connect(gateway, GATEWAY_TOKEN)?, Welcome::Paired);
+
+        let notes = self.notes();
+        fs::create_dir_all(notes.parent().ok_or("a file has a folder")?)?;
+        fs::write(&notes, contents())?;
+
+        let backup = data(supervisor, "POST", "/v1/backup")?;
+        assert!(backup["snapshot"].is_string(), "{backup}");
+        assert_eq!(backup["unchanged"], false);
+        Ok(device)
+    }
+
+    /// Everything that was there is there again.
+    fn check_traces(&self, supervisor: &mut Supervisor, device: &Device) -> Outcome {
+        let restore = supervisor.status()["restore"].take();
+        assert!(restore["snapshot"].is_string(), "{restore}");
+        assert_eq!(restore["error"], Value::Null);
+
+        let devices = data(supervisor, "GET", "/v1/devices")?;
+        let paired = find(&devices["paired"], "deviceId", &device.id());
+        assert_eq!(paired["clientId"], "openclaw-ios", "{devices}");
+        assert_eq!(
+            device.connect(supervisor.setup.gateway, GATEWAY_TOKEN)?,
+            Welcome::Paired
+        );
+        assert!(fs::read(self.notes())? == contents(), "the file is another");
+
+        assert_eq!(supervisor.stop(), Some(0), "{}", supervisor.log());
+        let scratch = tempfile::tempdir()?;
+        self.openclaw.check_databases(&self.root(), scratch.path())
+    }
+}
+
+/// Bytes of every value, over more than one frame of a layer, and not compressible to nothing.
+fn contents() -> Vec<u8> {
+    let mut state = 1_u32;
+    let step = || {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        state.to_be_bytes()[0]
+    };
+    std::iter::repeat_with(step).take(5 << 20).collect()
+}
+
+/// Waits for the gateway, which takes longer than anything else in these tests.
+fn ready(supervisor: Supervisor) -> Outcome<Supervisor> {
+    let start = Instant::now();
+    while start.elapsed() < READY_DEADLINE {
+        match supervisor.status()["gateway"]["status"].as_str() {
+            Some("running") => return Ok(supervisor),
+            Some("restoring" | "starting") => std::thread::sleep(Duration::from_millis(100)),
+            other => return Err(format!("the gateway is {other:?}\n{}", supervisor.log()).into()),
+        }
+    }
+    Err(format!("the gateway never became ready\n{}", supervisor.log()).into())
+}
+
+/// `data` of a request that succeeds.
+fn data(supervisor: &Supervisor, method: &str, path: &str) -> Outcome<Value> {
+    let mut answer = supervisor.request(method, path);
+    if answer.status == 200 && answer.body["ok"] == true {
+        return Ok(answer.body["data"].take());
+    }
+    Err(format!("{method} {path}: {answer:?}\n{}", supervisor.log()).into())
+}
+
+/// The entry of a list that has this value, or null.
+fn find<'a>(list: &'a Value, key: &str, value: &str) -> &'a Value {
+    let mut entries = list.as_array().into_iter().flatten();
+    entries
+        .find(|entry| entry[key] == value)
+        .unwrap_or(&Value::Null)
+}
+
+fn machine(folder: &Path, store: Vec<(&'static str, String)>) -> Outcome<Machine> {
+    let machine = Machine {
+        openclaw: OpenClaw::install()?,
+        disk: folder.join("disk"),
+        store,
+    };
+    require_approval(&machine.root())?;
+    Ok(machine)
+}
+
+/// The whole story, with an orderly stop in the middle.
+fn survives_the_loss_of_the_disk(machine: &Machine) -> Outcome {
+    let mut supervisor = machine.start()?;
+    let device = machine.leave_traces(&supervisor)?;
+    assert_eq!(supervisor.stop(), Some(0), "{}", supervisor.log());
+    drop(supervisor);
+
+    fs::remove_dir_all(&machine.disk)?;
+
+    let mut supervisor = machine.start()?;
+    machine.check_traces(&mut supervisor, &device)
+}
+
+#[test]
+fn gateway_survives_the_loss_of_the_disk_with_a_directory_store() -> Outcome {
+    let folder = tempfile::tempdir()?;
+    let store = format!("file://{}", folder.path().join("store").display());
+    survives_the_loss_of_the_disk(&machine(folder.path(), vec![("RUNTIME_STORE", store)])?)
+}
+
+#[test]
+fn gateway_survives_the_loss_of_the_disk_with_an_s3_store() -> Outcome {
+    let folder = tempfile::tempdir()?;
+    let moto = Moto::shared();
+    moto.make_bucket("gateways");
+    let store = vec![
+        ("RUNTIME_STORE", "s3://gateways/some/prefix".to_owned()),
+        ("RUNTIME_S3_ENDPOINT", format!("http://{}", moto.address)),
+        ("RUNTIME_S3_ACCESS_KEY_ID", "key-id".to_owned()),
+        ("RUNTIME_S3_SECRET_ACCESS_KEY", "secret-key".to_owned()),
+    ];
+    survives_the_loss_of_the_disk(&machine(folder.path(), store)?)
+}
+
+/// The machine dies without a word, so the snapshot holds a lease that its host has minutes yet to renew.
+#[test]
+fn gateway_killed_on_one_host_starts_on_another() -> Outcome {
+    if !is_root() {
+        return Ok(());
+    }
+    let folder = tempfile::tempdir()?;
+    let store = format!("file://{}", folder.path().join("store").display());
+    let machine = machine(folder.path(), vec![("RUNTIME_STORE", store)])?;
+    let supervisor = machine.start()?;
+    let device = machine.leave_traces(&supervisor)?;
+
+    let gateway = supervisor.status()["gateway"]["pid"]
+        .as_i64()
+        .ok_or("a pid")?;
+    supervisor.signal(Signal::SIGKILL);
+    kill(Pid::from_raw(i32::try_from(gateway)?), Signal::SIGKILL)?;
+    until("the gateway's end", || !is_alive(gateway));
+    drop(supervisor);
+    fs::remove_dir_all(&machine.disk)?;
+
+    let mut supervisor = machine.start_elsewhere()?;
+    machine.check_traces(&mut supervisor, &device)
+}
+
+/// The script alone, where a gateway would hide what it did.
+#[test]
+fn prepare_clears_leases_and_only_complains_of_what_it_cannot_open() -> Outcome {
+    let openclaw = OpenClaw::install()?;
+    let home = tempfile::tempdir()?;
+    let database = home.path().join(".openclaw/state/openclaw.sqlite");
+    let run = |program: &OsStr, arguments: &[&str]| {
+        let mut command = Command::new(program);
+        command.args(arguments).env_clear().env("HOME", home.path());
+        command.env("PATH", openclaw.search_path()).output()
+    };
+    let prepare = || run(prepare_script().as_os_str(), &[]);
+
+    let nothing = prepare()?;
+    assert!(
+        nothing.status.success() && nothing.stderr.is_empty(),
+        "{nothing:?}"
+    );
+
+    fs::create_dir_all(home.path().join(".openclaw/state"))?;
+    let path = database.display().to_string();
+    let open = "const { DatabaseSync } = require('node:sqlite'); const db = new DatabaseSync(process.argv[1]);";
+    let fill = "db.exec(\"CREATE TABLE state_leases (owner); CREATE TABLE agent_database_leases (owner); \
+                CREATE TABLE devices (id); INSERT INTO state_leases VALUES ('old'); \
+                INSERT INTO agent_database_leases VALUES ('old'); INSERT INTO devices VALUES ('kept')\")";
+    let count = "console.log(['state_leases', 'agent_database_leases', 'devices'] \
+                 .map((table) => db.prepare('SELECT count(*) AS n FROM ' + table).get().n).join(' '))";
+    let filled = run(OsStr::new("node"), &["-e", &format!("{open}{fill}"), &path])?;
+    assert!(filled.status.success(), "{filled:?}");
+    let cleared = prepare()?;
+    assert!(
+        cleared.status.success() && cleared.stderr.is_empty(),
+        "{cleared:?}"
+    );
+    let counted = run(
+        OsStr::new("node"),
+        &["-e", &format!("{open}{count}"), &path],
+    )?;
+    assert_eq!(String::from_utf8(counted.stdout)?, "0 0 1\n");
+
+    fs::write(
+        &database,
+        "not a database, but long enough to be taken for one",
+    )?;
+    let refused = prepare()?;
+    let sentence = String::from_utf8(refused.stderr)?;
+    assert_eq!(refused.status.code(), Some(1));
+    assert!(
+        sentence.starts_with("prepare: cannot clear the old host's leases in "),
+        "{sentence}"
+    );
+    Ok(())
+}
