@@ -268,7 +268,7 @@ fn an_unchanged_tree_costs_no_request_at_all() {
 }
 
 #[test]
-fn a_file_that_changes_within_one_tick_of_the_clock_is_noticed() {
+fn a_file_that_changes_without_a_change_of_size_or_time_is_noticed() {
     let place = Place::directory();
     let host = Host::new(&place);
     for round in 0..20 {

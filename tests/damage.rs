@@ -161,3 +161,45 @@ fn content_that_is_damaged_on_the_way_is_not_used() {
         );
     }
 }
+
+/// Runs zstd over bytes.
+fn zstd(arguments: &[&str], input: &[u8]) -> Vec<u8> {
+    let folder = e2e::agent::folder();
+    let path = folder.path().join("input");
+    std::fs::write(&path, input).expect("can write");
+    let mut command = std::process::Command::new("zstd");
+    let output = command.args(arguments).arg("-c").arg(path).output();
+    output.expect("zstd is installed").stdout
+}
+
+#[test]
+fn an_index_that_was_written_anew_is_not_believed() {
+    let place = Place::directory();
+    let (host, snapshot, before) = host(&place);
+    let key = place.keys("layers/").remove(0);
+    let objects = place.objects();
+    let record: serde_json::Value =
+        serde_json::from_slice(&objects[&format!("snapshots/{snapshot}.json")])
+            .expect("it is JSON");
+    let number = |name: &str| {
+        let number = record["layers"][0][name].as_u64().expect("it is a number");
+        usize::try_from(number).expect("it is small")
+    };
+    let (start, size) = (number("indexOffset"), number("indexSize"));
+    let index = zstd(&["-d"], &objects[&key][start..start + size]);
+    let index = String::from_utf8(index).expect("an index is JSON lines");
+    let forged = index.replacen("\"mode\":420", "\"mode\":511", 1);
+    assert_ne!(index, forged, "a file of mode 0644 is there");
+    let mut forged = zstd(&["-19"], forged.as_bytes());
+    // As long as it was: what is missing is a skippable frame.
+    let missing = size
+        .checked_sub(forged.len() + 8)
+        .expect("the highest level saves a few bytes");
+    forged.extend([0x50, 0x2a, 0x4d, 0x18]);
+    forged.extend(u32::try_from(missing).expect("it is small").to_le_bytes());
+    forged.resize(size, 0);
+    let mut layer = objects[&key].clone();
+    layer[start..start + size].copy_from_slice(&forged);
+    place.put(&key, &layer);
+    assert_refused(&host, &before, &key);
+}

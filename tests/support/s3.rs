@@ -87,10 +87,23 @@ pub struct Request {
     pub is_virtual_host: bool,
 }
 
+/// An object and its tag: computing it for every range of a large object would take longer than all else.
+struct Object {
+    bytes: Vec<u8>,
+    tag: String,
+}
+
+impl Object {
+    fn new(bytes: Vec<u8>) -> Self {
+        let tag = tag(&bytes);
+        Self { bytes, tag }
+    }
+}
+
 #[derive(Default)]
 #[expect(clippy::struct_excessive_bools, reason = "each is a switch of its own")]
 struct Inner {
-    objects: BTreeMap<String, Vec<u8>>,
+    objects: BTreeMap<String, Object>,
     /// Object and parts by upload id.
     uploads: BTreeMap<String, (String, BTreeMap<u32, Vec<u8>>)>,
     requests: Vec<Request>,
@@ -204,11 +217,18 @@ impl S3 {
     }
 
     pub fn objects(&self) -> BTreeMap<String, Vec<u8>> {
-        self.shared.lock().objects.clone()
+        let inner = self.shared.lock();
+        let objects = inner.objects.iter();
+        objects
+            .map(|(key, object)| (key.clone(), object.bytes.clone()))
+            .collect()
     }
 
     pub fn put(&self, key: &str, bytes: Vec<u8>) {
-        self.shared.lock().objects.insert(key.to_owned(), bytes);
+        self.shared
+            .lock()
+            .objects
+            .insert(key.to_owned(), Object::new(bytes));
     }
 
     pub fn remove(&self, key: &str) {
@@ -241,10 +261,11 @@ impl S3 {
             .changed
             .wait_timeout_while(inner, DEADLINE, has_come)
             .expect("no thread of the server panics");
+        let arrivals = inner.arrivals.clone();
+        drop(inner);
         assert!(
             !wait.timed_out(),
-            "{kind:?} of {key} never came, but {:?}",
-            inner.arrivals
+            "{kind:?} of {key} never came, but {arrivals:?}"
         );
     }
 
@@ -575,7 +596,7 @@ fn get(inner: &Inner, incoming: &Incoming, key: &str) -> Answer {
         return Answer::refusal(404, "NoSuchKey");
     };
     let Some(range) = incoming.header("range") else {
-        return Answer::new(200, object.clone()).with("ETag", tag(object));
+        return Answer::new(200, object.bytes.clone()).with("ETag", &object.tag);
     };
     let bounds = range
         .strip_prefix("bytes=")
@@ -583,20 +604,20 @@ fn get(inner: &Inner, incoming: &Incoming, key: &str) -> Answer {
     let bounds = bounds
         .and_then(|(from, to)| Some((from.parse::<usize>().ok()?, to.parse::<usize>().ok()?)));
     match bounds {
-        Some((from, to)) if from < object.len() && from <= to => {
-            let to = to.min(object.len() - 1);
-            let range = format!("bytes {from}-{to}/{}", object.len());
-            Answer::new(206, &object[from..=to])
-                .with("ETag", tag(object))
+        Some((from, to)) if from < object.bytes.len() && from <= to => {
+            let to = to.min(object.bytes.len() - 1);
+            let range = format!("bytes {from}-{to}/{}", object.bytes.len());
+            Answer::new(206, &object.bytes[from..=to])
+                .with("ETag", &object.tag)
                 .with("Content-Range", range)
         }
         _ => Answer::refusal(416, "InvalidRange")
-            .with("Content-Range", format!("bytes */{}", object.len())),
+            .with("Content-Range", format!("bytes */{}", object.bytes.len())),
     }
 }
 
 fn put(inner: &mut Inner, incoming: &Incoming, key: &str) -> Answer {
-    let found = inner.objects.get(key).map(|object| tag(object));
+    let found = inner.objects.get(key).map(|object| object.tag.clone());
     if !inner.ignores_conditions {
         if incoming.header("if-none-match") == Some("*") && found.is_some() {
             return Answer::refusal(412, "PreconditionFailed");
@@ -611,8 +632,10 @@ fn put(inner: &mut Inner, incoming: &Incoming, key: &str) -> Answer {
             }
         }
     }
-    inner.objects.insert(key.to_owned(), incoming.body.clone());
-    Answer::new(200, "").with("ETag", tag(&incoming.body))
+    let object = Object::new(incoming.body.clone());
+    let answer = Answer::new(200, "").with("ETag", &object.tag);
+    inner.objects.insert(key.to_owned(), object);
+    answer
 }
 
 fn list(inner: &Inner, incoming: &Incoming) -> Answer {
@@ -641,8 +664,8 @@ fn list(inner: &Inner, incoming: &Incoming) -> Answer {
             xml,
             "<Contents><Key>{key}</Key><LastModified>2026-01-01T00:00:00.000Z</LastModified><ETag>{}</ETag>\
              <Size>{}</Size><StorageClass>STANDARD</StorageClass></Contents>",
-            tag(object).replace('"', "&quot;"),
-            object.len()
+            object.tag.replace('"', "&quot;"),
+            object.bytes.len()
         )
         .expect("a string takes everything");
     }
@@ -708,11 +731,11 @@ fn multipart(inner: &mut Inner, incoming: &Incoming, key: &str, kind: Kind) -> A
                 ));
                 return Answer::refusal(400, "InvalidPart");
             }
-            let object: Vec<u8> = parts.values().flatten().copied().collect();
+            let object = Object::new(parts.values().flatten().copied().collect());
             let answer = format!(
                 "<CompleteMultipartUploadResult xmlns=\"http://s3.amazonaws.com/doc/2006-03-01/\"><Key>{key}</Key>\
                  <ETag>{}</ETag></CompleteMultipartUploadResult>",
-                tag(&object).replace('"', "&quot;")
+                object.tag.replace('"', "&quot;")
             );
             inner.objects.insert(key.to_owned(), object);
             inner.uploads.remove(&id);
