@@ -1,4 +1,4 @@
-//! Everything that can go wrong, as sentences for people and exit codes for programs (docs/api.md, "Exit codes").
+//! Everything that can go wrong, as sentences for people and exit codes for programs (docs/backup-agent.md, "Exit codes").
 
 use std::{fmt, io, path::PathBuf, time::Duration};
 

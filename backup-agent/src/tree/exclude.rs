@@ -11,6 +11,8 @@ use fast_glob::glob_match;
 const BUILT_IN: &[&str] = &[
     // The restore's own working directory, where the root is a mount point.
     "/.restoring/",
+    "/.cache/",
+    "/.npm/",
     "*.sqlite-shm",
     "*.generation-lock.sqlite",
     "*.generation-writer.sqlite",
@@ -134,6 +136,7 @@ mod tests {
         for (path, is_directory) in [
             (".openclaw/state/openclaw.sqlite-shm", false),
             (".openclaw/tmp", true),
+            (".cache", true),
             (".openclaw/cache/control-ui-assets", true),
             (".openclaw/extensions/a/node_modules", true),
             (".openclaw/browser/main/user-data/SingletonLock", false),
@@ -147,6 +150,7 @@ mod tests {
             ".openclaw/workspace/AGENTS.md",
             ".gitconfig",
             "project/server.pid",
+            "project/.cache",
             "tmp",
         ] {
             assert!(!excludes.matches(path.as_bytes(), false), "{path}");
