@@ -280,7 +280,7 @@ mod tests {
     fn aws_names_serve_people_but_not_a_runtime() {
         let env = [
             ("RUNTIME_STORE", "s3://bucket"),
-            ("AWS_ENDPOINT", "http://127.0.0.1:1"),
+            ("AWS_ENDPOINT_URL", "http://127.0.0.1:1"),
             ("AWS_ACCESS_KEY_ID", "id"),
             ("AWS_SECRET_ACCESS_KEY", "key"),
         ];

@@ -149,6 +149,14 @@ impl Source<'_> {
         })
     }
 
+    /// An AWS name: for people only, a runtime passes its own settings.
+    fn by_hand(&mut self, name: &str) -> Option<String> {
+        if (self.env)("RUNTIME_BOOT_ID").is_some() {
+            return None;
+        }
+        self.text(name)
+    }
+
     /// A secret from its variable, from the file that its `*_FILE` names, or, by hand, from its AWS name.
     fn secret(&mut self, name: &str) -> Option<String> {
         let runtime = format!("RUNTIME_{name}");
@@ -180,9 +188,7 @@ impl Source<'_> {
                     }
                 }
             }
-            // A runtime passes its own settings only; the AWS names are for people.
-            (None, None) if (self.env)("RUNTIME_BOOT_ID").is_none() => self.text(&fallback),
-            (None, None) => None,
+            (None, None) => self.by_hand(&fallback),
         }
     }
 
@@ -208,7 +214,10 @@ impl Source<'_> {
         let region = self
             .secret("S3_REGION")
             .unwrap_or_else(|| "auto".to_owned());
-        let endpoint = self.secret("S3_ENDPOINT").or_else(|| {
+        let endpoint = self.secret("S3_ENDPOINT");
+        // The name that the services' own tools use.
+        let endpoint = endpoint.or_else(|| self.by_hand("AWS_ENDPOINT_URL"));
+        let endpoint = endpoint.or_else(|| {
             (region != "auto").then(|| format!("https://{{bucket}}.s3.{region}.amazonaws.com"))
         });
         let id = self.secret("S3_ACCESS_KEY_ID");

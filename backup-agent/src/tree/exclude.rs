@@ -158,6 +158,17 @@ mod tests {
     }
 
     #[test]
+    fn the_documented_list_is_the_one_in_the_code() {
+        let page = include_str!("../../../docs/backup-agent.md");
+        let list = page
+            .rsplit("```")
+            .nth(1)
+            .expect("the list is the last block");
+        let documented: Vec<&str> = list.split_whitespace().collect();
+        assert_eq!(documented, BUILT_IN);
+    }
+
+    #[test]
     fn a_bad_pattern_is_named() {
         let problem = Excludes::new("fine,[a").expect_err("an open bracket");
         assert!(problem.contains("[a"), "{problem}");
