@@ -32,6 +32,7 @@ run: release ## Build, then run the runtime with a real OpenClaw gateway on this
 
 test: ## Run all tests: the real binaries, the real gateway, a real S3 server
 	$(call need,python3 -c 'import ensurepip',python3-venv)
+	$(call need,command -v zstd,zstd)
 	@exec tests/run.sh
 
 lint: $(DENY) ## Check format, clippy, shell scripts, and dependencies (bans, licences, sources)
