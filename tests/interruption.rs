@@ -94,6 +94,33 @@ fn a_kill_after_the_head_moved_does_not_fence_the_writer() {
 }
 
 #[test]
+fn a_restart_after_such_a_kill_leaves_the_tree_alone() {
+    let place = Place::memory();
+    let (mut host, snapshot) = host(&place);
+    place
+        .s3()
+        .add_fault(Kind::Put, "head.json", 1, Effect::StallAfter);
+    let running = host.start(&["backup"]);
+    place.s3().wait_for(Kind::Put, "head.json");
+    e2e::wait::until("the head moves", || place.head()["snapshot"] != snapshot);
+    running.signal(Signal::KILL);
+    assert_eq!(running.wait().signal, Some(9));
+    tree::write(&host.root, "since", "written after the last snapshot");
+    let before = describe(&host.root);
+
+    place.s3().clear_faults();
+    let newest = place.head()["snapshot"].clone();
+    host.set("RUNTIME_BOOT_ID", boot_id('b'));
+    let answer = host.json(&["restore"]);
+    assert_eq!(
+        (&answer["unchanged"], &answer["snapshot"]),
+        (&true.into(), &newest)
+    );
+    assert_same(&before, &describe(&host.root));
+    assert_eq!(place.head()["writer"], boot_id('b'));
+}
+
+#[test]
 fn a_signal_during_an_upload_stops_it_and_aborts_its_parts() {
     for (signal, code) in [(Signal::TERM, 143), (Signal::INT, 130)] {
         let place = Place::memory();

@@ -177,7 +177,11 @@ async fn to_root(
 ///
 /// A tree that lost more than half of its files while nobody was looking is taken for damage, not for news.
 async fn is_continued(config: &Config, state: &State, seen: Option<&Seen>) -> Result<bool, Error> {
-    let is_ours = seen.is_some_and(|seen| Some(&seen.etag) == state.facts.etag.as_ref());
+    let is_ours = seen.is_some_and(|seen| {
+        // The last run may have been killed between moving the head and writing that down.
+        Some(&seen.etag) == state.facts.etag.as_ref()
+            || Some(&seen.head.writer) == state.facts.writer.as_ref()
+    });
     if !is_ours || state.facts.is_fenced || !state.is_root_known(&config.root) {
         return Ok(false);
     }
@@ -212,22 +216,17 @@ async fn carry_on(
     state.facts.writer = Some(writer.to_owned());
     state.facts.hold(seen);
     state.save()?;
-    let Some((snapshot, sequence)) = snapshot else {
+    let Some((snapshot, _)) = snapshot else {
         return Err(no_snapshot(config));
     };
     log::info(
         "the tree goes on from the newest snapshot and is left as it is",
         &[("snapshot", snapshot.clone().into())],
     );
-    let described = known
-        .filter(|known| known.id == snapshot)
-        .unwrap_or(Described {
-            id: snapshot.clone(),
-            time: record::read(store, &snapshot).await?.time,
-            sequence,
-            files: 0,
-            fork: false,
-        });
+    let described = match known.filter(|known| known.id == snapshot) {
+        Some(known) => known,
+        None => describe(&record::read(store, &snapshot).await?),
+    };
     Ok(Some(Done {
         unchanged: true,
         files: described.files,
