@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help run test lint advisories release image clean
+.PHONY: help run test lint advisories release bench image clean
 
 # Static binaries: they run in any image. On another machine's architecture this needs a cross compiler for C.
 TARGET ?= $(patsubst arm64,aarch64,$(shell uname -m))-unknown-linux-musl
@@ -55,6 +55,9 @@ release: ## Build both static binaries into dist/ and print their sizes
 	    install "$${CARGO_TARGET_DIR:-target}/$(TARGET)/release/$$binary" dist/; \
 	done
 	@stat -c '%s %n' dist/supervisor dist/backup-agent | awk '{ printf "%-18s %8d bytes  %.2f MiB\n", $$2, $$1, $$1 / 1048576 }'
+
+bench: release ## Measure the released binaries with a real gateway; prints a table
+	@E2E_BIN_DIR="$$PWD/dist" cargo bench --locked -p e2e --bench runtime
 
 image: release ## Build the container image from dist/ and gateway/
 	docker build -t $(IMAGE) .

@@ -93,7 +93,7 @@ fn a_quiet_run_says_nothing_but_its_result() {
     assert!(
         outcome
             .stdout
-            .ends_with("(1 entries left out, see the log)\n"),
+            .ends_with(", 1 left out with a warning\n"),
         "{}",
         outcome.stdout
     );

@@ -301,7 +301,7 @@ fn answer(described: &Described, record: Option<&Record>, begun: Instant) -> Ans
             human_bytes(uploaded),
             took.as_secs_f64(),
             if record.totals.skipped > 0 {
-                format!(" ({} entries left out, see the log)", record.totals.skipped)
+                format!(", {} left out with a warning", record.totals.skipped)
             } else {
                 String::new()
             },

@@ -11,11 +11,14 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
+use nix::time::{ClockId, clock_gettime};
 use serde_json::{Value, json};
 use signal_hook::consts::SIGTERM;
 use tungstenite::{Message, WebSocket};
 
 fn main() {
+    let now = clock_gettime(ClockId::CLOCK_MONOTONIC).expect("there is a clock");
+    let started = now.tv_sec() * 1_000_000_000 + now.tv_nsec();
     let mut arguments = std::env::args().skip(1);
     let port: u16 = arguments
         .next()
@@ -23,7 +26,8 @@ fn main() {
         .expect("is given a port");
     let folder = PathBuf::from(arguments.next().expect("is given a folder"));
     let behaviour = read(&folder.join("behaviour.json"));
-    note(&folder.join("starts.jsonl"), &who_am_i(&behaviour, &folder));
+    let found = who_am_i(&behaviour, &folder, started);
+    note(&folder.join("starts.jsonl"), &found);
 
     if behaviour["deaf"] == true {
         let nobody = Arc::new(AtomicBool::new(false));
@@ -58,7 +62,7 @@ fn note(path: &Path, line: &Value) {
 }
 
 /// Everything that a test of isolation wants to know, taken before anything else is opened.
-fn who_am_i(behaviour: &Value, folder: &Path) -> Value {
+fn who_am_i(behaviour: &Value, folder: &Path, started: i64) -> Value {
     let descriptors: Vec<i32> = (0..256)
         .filter(|number| fs::read_link(format!("/proc/self/fd/{number}")).is_ok())
         .collect();
@@ -75,6 +79,7 @@ fn who_am_i(behaviour: &Value, folder: &Path) -> Value {
     let limits = fs::read_to_string("/proc/self/limits").expect("knows its limits");
     json!({
         "pid": std::process::id(),
+        "monotonic": started,
         "session": nix::unistd::getsid(None).expect("has a session").as_raw(),
         "descriptors": descriptors,
         "environment": environment,
