@@ -91,9 +91,7 @@ fn a_quiet_run_says_nothing_but_its_result() {
     let outcome = host.run(&["backup", "--quiet"]).expect(0);
     assert_eq!(outcome.stderr, "");
     assert!(
-        outcome
-            .stdout
-            .ends_with(", 1 left out with a warning\n"),
+        outcome.stdout.ends_with(", 1 left out with a warning\n"),
         "{}",
         outcome.stdout
     );
