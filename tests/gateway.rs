@@ -14,7 +14,7 @@ use e2e::binaries::binary;
 use e2e::device::{Device, Welcome};
 use e2e::moto::Moto;
 use e2e::openclaw::{OpenClaw, prepare_script, require_approval};
-use e2e::supervisor::{Setup, Supervisor, is_alive, is_root};
+use e2e::supervisor::{Setup, Supervisor, is_alive, is_root, place};
 use e2e::wait::until;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, User, geteuid};
@@ -68,7 +68,7 @@ impl Machine {
         let setup = setup.command(&command.split(' ').collect::<Vec<_>>());
         let agent = setup.folder.path().join("bin/backup-agent");
         fs::remove_file(&agent)?;
-        fs::copy(binary("backup-agent"), &agent)?;
+        place(&binary("backup-agent"), &agent);
         let mut program = setup.program();
         program
             .env("PATH", self.openclaw.search_path())

@@ -7,7 +7,7 @@ use std::process::{Command, Output};
 
 use e2e::binaries::binary;
 use e2e::golden;
-use e2e::supervisor::TOKEN;
+use e2e::supervisor::{TOKEN, place};
 
 fn run(arguments: &[&str], settings: &[(&str, &str)]) -> Output {
     Command::new(binary("supervisor"))
@@ -215,7 +215,7 @@ fn an_unknown_command_line_is_a_usage_error() {
 fn what_stops_a_start_is_said_in_one_sentence() {
     let folder = tempfile::tempdir().expect("can make a folder");
     let program = folder.path().join("supervisor");
-    std::fs::copy(binary("supervisor"), &program).expect("can copy");
+    place(&binary("supervisor"), &program);
     let taken = std::net::TcpListener::bind("127.0.0.1:0").expect("there is a free port");
     let address = taken.local_addr().expect("is bound").to_string();
     let start = |arguments: &[&str]| {

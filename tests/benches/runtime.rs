@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use e2e::binaries::binary;
 use e2e::http;
 use e2e::openclaw::{OpenClaw, prepare_script, require_approval};
-use e2e::supervisor::{Setup, Supervisor, TOKEN};
+use e2e::supervisor::{Setup, Supervisor, TOKEN, place};
 use nix::sys::resource::{UsageWho, getrusage};
 use nix::time::{ClockId, clock_gettime};
 
@@ -228,7 +228,7 @@ fn start(openclaw: &OpenClaw, disk: &Path) -> Outcome<Supervisor> {
     let setup = setup.command(&command.split(' ').collect::<Vec<_>>());
     let agent: PathBuf = setup.folder.path().join("bin/backup-agent");
     fs::remove_file(&agent)?;
-    fs::copy(binary("backup-agent"), &agent)?;
+    place(&binary("backup-agent"), &agent);
     let mut program = setup.program();
     program
         .env("PATH", openclaw.search_path())

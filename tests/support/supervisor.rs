@@ -329,10 +329,14 @@ fn write(path: &Path, value: &Value) {
     fs::rename(new, path).expect("can rename");
 }
 
-/// A link where that is possible: the programs are large.
-fn place(from: &Path, to: &Path) {
+/// Puts a program somewhere, by a link where that is possible: the programs are large.
+///
+/// Never by a copy of our own: a child that another test forks meanwhile would hold the file open for writing until its
+/// own exec, and the copy could not be executed (`ETXTBSY`).
+pub fn place(from: &Path, to: &Path) {
     if fs::hard_link(from, to).is_err() {
-        fs::copy(from, to).expect("can copy a program");
+        let copied = Command::new("cp").arg(from).arg(to).status();
+        assert!(copied.is_ok_and(|status| status.success()), "can copy");
     }
 }
 
