@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help run test lint advisories release bench image clean
+.PHONY: help run test lint advisories release bench image e2e clean
 
 # Static binaries: they run in any image. On another machine's architecture this needs a cross compiler for C.
 TARGET ?= $(patsubst arm64,aarch64,$(shell uname -m))-unknown-linux-musl
@@ -25,7 +25,7 @@ define need
 endef
 
 help: ## List these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "make %-12s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 run: release ## Build, then run the runtime with a real OpenClaw gateway on this machine (state in .runtime/)
 	@exec gateway/run.sh
@@ -61,6 +61,9 @@ bench: release ## Measure the released binaries with a real gateway; prints a ta
 
 image: release ## Build the container image from dist/ and gateway/
 	docker build -t $(IMAGE) .
+
+e2e: image ## Test the container image; needs a Docker engine
+	@exec tests/image.sh $(IMAGE)
 
 clean: ## Remove build results; keeps .runtime/ (your state) and the caches
 	cargo clean

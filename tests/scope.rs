@@ -4,6 +4,7 @@ use std::fs;
 use std::os::unix::fs::{MetadataExt as _, symlink};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
+use std::process::Command;
 
 use e2e::agent::{Host, Place};
 use e2e::s3::{Effect, Kind};
@@ -108,6 +109,35 @@ fn nobodys_host(place: &Place) -> Option<Host> {
 }
 
 #[test]
+fn where_the_kernel_keeps_the_users_identity_from_root_nothing_is_read_as_root() {
+    let place = Place::directory();
+    let Some(host) = nobodys_host(&place) else {
+        return;
+    };
+    tree::write(&host.root, "file", "content");
+    let agent = host.command(&["backup"]);
+    let mut command = Command::new("setpriv");
+    command
+        .args(["--bounding-set=-setuid", "--"])
+        .arg(agent.get_program())
+        .args(agent.get_args())
+        .env_clear()
+        .envs(
+            agent
+                .get_envs()
+                .filter_map(|(name, value)| Some((name, value?))),
+        );
+    let output = command.output().expect("setpriv of util-linux can run");
+    assert_eq!(output.status.code(), Some(74));
+    assert_eq!(
+        String::from_utf8_lossy(&output.stderr),
+        "backup-agent: cannot do file work as user 65534, group 65534: Operation not permitted (os error 1); \
+         root lacks the capabilities SETUID here (docker run --cap-add)\n"
+    );
+    assert_eq!(place.keys("snapshots"), Vec::<String>::new());
+}
+
+#[test]
 fn what_the_gateways_user_cannot_read_is_left_out_and_counted() {
     let place = Place::memory();
     let Some(host) = nobodys_host(&place) else {
@@ -176,7 +206,7 @@ fn what_the_gateways_user_cannot_read_is_left_out_and_counted() {
 fn zstd(bytes: &[u8]) -> Vec<u8> {
     let folder = e2e::agent::folder();
     fs::write(folder.path().join("object"), bytes).expect("can write");
-    let output = std::process::Command::new("zstd")
+    let output = Command::new("zstd")
         .args(["-dcf"])
         .arg(folder.path().join("object"))
         .output();
@@ -259,7 +289,7 @@ fn a_root_on_a_file_system_of_its_own_is_restored_in_place() {
     fs::write(host.root.join("text"), "changed").expect("can write");
     // A bind mount of its own cannot be exchanged; the namespace takes it away again.
     let inner = host.command(&["restore"]);
-    let mut command = std::process::Command::new("unshare");
+    let mut command = Command::new("unshare");
     command
         .args([
             "--mount",

@@ -83,6 +83,12 @@ impl Error {
         }
     }
 
+    /// The kernel refused, as it does to a root without its capabilities.
+    pub fn is_refused(&self) -> bool {
+        matches!(self, Self::Local { source, .. } if source.kind() == io::ErrorKind::PermissionDenied)
+            && nix::unistd::geteuid().is_root()
+    }
+
     /// The exit code and the word that names it in JSON.
     pub fn code(&self) -> (u8, &'static str) {
         match self {

@@ -3,6 +3,7 @@
 //! Results go to standard output, everything else to standard error; the exit code is part of the interface.
 
 mod archive;
+mod capabilities;
 mod cli;
 mod commands;
 mod config;
@@ -50,7 +51,10 @@ fn main() -> ExitCode {
         }
         Err(error) => {
             let (exit, word) = error.code();
-            let sentence = Chain(&error).to_string();
+            let mut sentence = Chain(&error).to_string();
+            if let Some(advice) = error.is_refused().then(capabilities::advice).flatten() {
+                sentence = format!("{sentence}; {advice}");
+            }
             if json {
                 let object = serde_json::json!({ "error": sentence, "code": word });
                 let _ = writeln!(std::io::stdout(), "{object}");

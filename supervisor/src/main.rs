@@ -3,6 +3,7 @@
 mod agent;
 mod api;
 mod backups;
+mod capabilities;
 mod clock;
 mod config;
 mod error;
@@ -192,10 +193,20 @@ fn warn(config: &Config) {
     if let StoreKind::File(_) = config.store {
         log!(Warn, "the store is a directory: it dies with this disk");
     }
-    if nix::unistd::geteuid().is_root() && !config.user.is_apart() {
+    if !nix::unistd::geteuid().is_root() {
+        return;
+    }
+    if !config.user.is_apart() {
         log!(
             Warn,
             "the gateway runs as root: it can read everything that the runtime can"
+        );
+    } else if let Some((names, failing)) = capabilities::missing() {
+        log!(
+            Error,
+            "root lacks capabilities: add them, as with docker run --cap-add",
+            capabilities = names,
+            failing = failing
         );
     }
 }

@@ -1,6 +1,9 @@
 //! The identity that file work is done with.
 
-use nix::unistd::{Gid, Uid, setfsgid, setfsuid};
+use nix::{
+    errno::Errno,
+    unistd::{Gid, Uid, setfsgid, setfsuid},
+};
 
 use crate::error::Error;
 
@@ -17,9 +20,17 @@ impl Identity {
     /// With a file-system user other than root the kernel also ignores root's overrides (`CAP_DAC_OVERRIDE` and the like, see
     /// setfsuid(2)), so that a planted link opens nothing that the user could not open himself. Supplementary groups are
     /// dropped for the whole process by [`drop_groups`].
-    pub fn assume(self) {
+    ///
+    /// Without `CAP_SETUID` or `CAP_SETGID` the kernel changes nothing and says nothing, and the work would be done as root.
+    /// Only the answer to a second call tells.
+    pub fn assume(self) -> Result<(), Error> {
         setfsgid(self.gid);
         setfsuid(self.uid);
+        if setfsgid(self.gid) == self.gid && setfsuid(self.uid) == self.uid {
+            return Ok(());
+        }
+        let user = format!("user {}, group {}", self.uid, self.gid);
+        Err(Error::local("do file work as", user)(Errno::EPERM))
     }
 }
 
@@ -40,12 +51,10 @@ pub async fn with_identity<T: Send + 'static>(
     std::thread::Builder::new()
         .name(name.to_owned())
         .spawn(move || {
-            if let Some(identity) = identity {
-                identity.assume();
-            }
+            let done = identity.map_or(Ok(()), Identity::assume).map(|()| work());
             // Nobody waits any more when the bound ran out.
-            let _ = sender.send(work());
+            let _ = sender.send(done);
         })
         .map_err(Error::local("start", name))?;
-    receiver.await.map_err(|_| Error::Internal(name))
+    receiver.await.map_err(|_| Error::Internal(name))?
 }

@@ -3,6 +3,7 @@
 
 use std::ffi::{CString, OsStr};
 use std::io;
+use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::process::CommandExt as _;
 use std::process::{Command, Stdio};
 
@@ -98,9 +99,15 @@ pub fn command(config: &Config, program: &OsStr, arguments: &[impl AsRef<OsStr>]
                 .iter()
                 .map(|(name, value)| (name, value)),
         )
-        .current_dir(&config.root)
         .stdin(Stdio::null());
-    isolate(&mut command, config.limits.clone(), config.user.clone());
+    // The settings take no path with a NUL in it; a variable of the environment cannot hold one.
+    let root = CString::new(config.root.as_os_str().as_bytes()).unwrap_or_default();
+    isolate(
+        &mut command,
+        root,
+        config.limits.clone(),
+        config.user.clone(),
+    );
     command
 }
 
@@ -114,7 +121,7 @@ pub fn exec_failure_code(error: &io::Error) -> i32 {
 
 /// What happens in the child between fork and exec. This is the program's only unsafe code besides `waitpid`.
 #[allow(unsafe_code)]
-fn isolate(command: &mut Command, limits: Vec<Limit>, user: User) {
+fn isolate(command: &mut Command, root: CString, limits: Vec<Limit>, user: User) {
     let is_root = unistd::geteuid().is_root();
     let hook = move || {
         for limit in &limits {
@@ -125,6 +132,9 @@ fn isolate(command: &mut Command, limits: Vec<Limit>, user: User) {
             unistd::setgid(user.gid)?;
             unistd::setuid(user.uid)?;
         }
+        // As the user, whose directory it is: `Command::current_dir` would enter it as root, which a root without
+        // CAP_DAC_OVERRIDE may not.
+        unistd::chdir(root.as_c_str())?;
         unistd::setsid()?;
         prctl::set_no_new_privs()?;
         // Without a container around us nothing else would stop the gateway when we are killed.

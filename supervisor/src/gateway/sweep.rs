@@ -6,6 +6,7 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
+use nix::errno::Errno;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, Uid};
 use tokio::time::{Instant, sleep};
@@ -41,6 +42,7 @@ const STUCK_AFTER: Duration = Duration::from_secs(5);
 pub async fn sweep(belongs: Belongs) {
     let mut pause = PAUSE;
     let mut reported = Instant::now();
+    let mut is_refused = false;
     loop {
         let left = processes(&belongs);
         if left.is_empty() {
@@ -50,12 +52,17 @@ pub async fn sweep(belongs: Belongs) {
             log!(
                 Warn,
                 "processes of the gateway do not die",
-                count = left.len()
+                count = left.len(),
+                reason =
+                    is_refused.then_some("we may not signal them: this needs the capability KILL"),
             );
             reported = Instant::now();
         }
         for (pid, _) in left {
-            let _ = kill(pid, Signal::SIGKILL);
+            // Gone meanwhile is what we want; refused is worth knowing.
+            if let Err(Errno::EPERM) = kill(pid, Signal::SIGKILL) {
+                is_refused = true;
+            }
         }
         sleep(pause).await;
         pause = (pause * 2).min(MAX_PAUSE);
