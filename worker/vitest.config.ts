@@ -1,6 +1,6 @@
-import { cloudflareTest } from "@cloudflare/vitest-pool-workers";
+import { cloudflareTest } from "@cloudflare/vitest-plugin";
 import { defineConfig } from "vitest/config";
-import { TOKEN } from "./test/token";
+import { TOKEN } from "./test/token.ts";
 
 export default defineConfig({
   plugins: [
@@ -8,7 +8,7 @@ export default defineConfig({
       // Not wrangler.jsonc: its container would want a Docker engine.
       main: "./test/entry.ts",
       miniflare: {
-        compatibilityDate: "2026-08-01",
+        compatibilityDate: "2026-11-01",
         durableObjects: { RUNTIME: { className: "TestRuntime", useSQLite: true } },
         bindings: {
           RUNTIME_SERVICE_TOKEN: TOKEN,

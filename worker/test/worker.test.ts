@@ -1,5 +1,5 @@
 import { env, SELF } from "cloudflare:test";
-import { beforeEach, describe, expect, it } from "vitest";
+import { afterEach, beforeEach, describe, expect, it, vi } from "vitest";
 import worker from "../src/index";
 import type { Bindings } from "../src/runtime";
 import { container, newContainer } from "./container";
@@ -15,7 +15,11 @@ async function expectError(response: Response, status: number, code: string): Pr
   expect(await response.json()).toEqual({ ok: false, error: expect.stringMatching(/^[A-Z].*\.$/), code });
 }
 
-beforeEach(() => newContainer());
+beforeEach(() => {
+  newContainer();
+  vi.spyOn(console, "log").mockImplementation(() => {});
+});
+afterEach(() => vi.restoreAllMocks());
 
 describe("the service token", () => {
   it.each([
