@@ -69,9 +69,9 @@ bench: release ## Measure the released binaries with a real gateway; prints a ta
 image: release ## Build the container image from dist/ and gateway/
 	docker build -t $(IMAGE) .
 
-worker: $(WORKER) ## Bundle the Worker into dist/worker/ and print its size, of which it may have 3 KiB
+worker: $(WORKER) ## Bundle the Worker into dist/worker/ and print its size, which must be under 3 KiB
 	@export $(WORKER_ENV); wrangler deploy --dry-run --containers-rollout=none --outdir dist/worker >/dev/null
-	@stat -c '%s %n' dist/worker/index.js | awk '{ printf "%-18s %8d bytes  %.2f KiB\n", $$2, $$1, $$1 / 1024; exit $$1 > 3072 }'
+	@stat -c '%s %n' dist/worker/index.js | awk '{ printf "%-18s %8d bytes  %.2f KiB\n", $$2, $$1, $$1 / 1024; exit $$1 >= 3072 }'
 
 deploy: $(WORKER) ## Deploy one instance to Cloudflare: INSTANCE=<id> SECRETS=<file> [STORE=s3://bucket/prefix]
 	@INSTANCE='$(INSTANCE)' SECRETS='$(SECRETS)' STORE='$(STORE)' exec worker/deploy.sh

@@ -1,5 +1,4 @@
 /** What the edge itself says: errors in the envelope of the API, and log lines. */
-
 export const failure = (status: number, code: string, error: string, headers?: Record<string, string>): Response =>
   Response.json({ ok: false, error, code }, { status, headers: headers! });
 

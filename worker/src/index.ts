@@ -15,7 +15,7 @@ export default {
   async fetch(request, env) {
     const token = env.RUNTIME_SERVICE_TOKEN;
     if (!isUsable(token)) return failure(500, "misconfigured", "RUNTIME_SERVICE_TOKEN is invalid.");
-    if (!(await isAuthorized(request.headers, token))) return failure(401, "unauthorized", "No valid service token.");
+    if (!(await isAuthorized(request.headers, token))) return failure(401, "unauthorized", "No valid token.");
     if (!new URL(request.url).pathname.startsWith("/v1/")) return failure(404, "not_found", "No such path.");
     return runtime(env).fetch(request);
   },

@@ -28,7 +28,6 @@ const STABLE = 60_000;
 const STOP_LIMIT = 900_000;
 
 const now = () => Date.now();
-
 /** After how many idle milliseconds the container sleeps: 0 is never (`always`), NaN is what makes no sense. */
 function idleLimit(lifecycle = "always"): number {
   const [, count, unit] = lifecycle.match(/^sleep-after=([1-9]\d*)([smh])$/) ?? [];
@@ -36,8 +35,8 @@ function idleLimit(lifecycle = "always"): number {
 }
 
 export class Runtime extends DurableObject<Bindings> {
-  readonly #box: Box;
-  readonly #idleLimit: number;
+  readonly #box;
+  readonly #idleLimit;
   /** The start that is under way or has succeeded; gone when the container is, or may be. */
   #up: Promise<void> | undefined;
   #used = 0;
@@ -96,13 +95,18 @@ export class Runtime extends DurableObject<Bindings> {
       this.#watch({ env, enableInternet: true });
     }
     await this.#schedule();
-    // `running` is true before the program listens. Any answer will do; with the token it leaves no warning in its log.
+    // `running` is true before the program listens. Any answer will do, with the token for the sake of the log there; it is
+    // a GET and read to its end, or its connection fails the next request.
     const headers = { "X-OpenAgents-Service-Token": this.env.RUNTIME_SERVICE_TOKEN! };
     for (;;) {
       if (!this.#box.running) throw this.#error;
       if (now() > began + START_LIMIT) throw Error("nothing answers on its port");
       try {
-        await this.#fetch("http://x/v1/status", { method: "HEAD", headers, signal: AbortSignal.timeout(PROBE_LIMIT) });
+        const probe = await this.#fetch("http://probe/v1/status", {
+          headers,
+          signal: AbortSignal.timeout(PROBE_LIMIT),
+        });
+        await probe.text();
         break;
       } catch {
         await scheduler.wait(PROBE_PAUSE);
@@ -141,7 +145,7 @@ export class Runtime extends DurableObject<Bindings> {
   /** Says why: one line, no stack, and no value of a setting, should the platform ever quote one. */
   #down(error: any = Error("it has ended")): string {
     this.#up = undefined;
-    let reason = `${error.message}`.split("\n", 1)[0]!;
+    let reason = `${error.message}`.split(/\.?(\n|$)/)[0]!;
     for (const value of Object.values(this.env)) if (value.length > 7) reason = reason.replaceAll(value, "[redacted]");
     log("warn", "down", { reason });
     return reason;

@@ -42,10 +42,10 @@ class FakeContainer implements Box {
     if (port !== 8080 || !this.running) throw new Error("connect(): Connection refused");
     const fetch = async (input: RequestInfo, init?: RequestInit) => {
       const request = new Request(input, init);
-      if (request.method !== "HEAD") return (this.requests.push(request), this.onRequest(request));
+      if (new URL(request.url).host !== "probe") return (this.requests.push(request), this.onRequest(request));
       this.probes.push(request);
       this.onProbe();
-      return new Response(null, { status: 405 });
+      return new Response("{}");
     };
     return { fetch } as unknown as Fetcher;
   }

@@ -121,7 +121,7 @@ describe("starting", () => {
 
   it("that the platform refuses is 503 with its reason, without stack or secret, and backs off", async () => {
     container.onStart = () => {
-      throw new Error(`no instance available (${TOKEN}, sk-provider-key)\n    at start (worker.js:1:1)`);
+      throw new Error(`no instance available (${TOKEN}, sk-provider-key).\n    at start (worker.js:1:1)`);
     };
     const first = await expectUnavailable(await request());
     expect(first.reason).toBe("No container: no instance available ([redacted], [redacted]).");
