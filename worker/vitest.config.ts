@@ -8,7 +8,7 @@ export default defineConfig({
       // Not wrangler.jsonc: its container would want a Docker engine.
       main: "./test/entry.ts",
       miniflare: {
-        compatibilityDate: "2026-11-01",
+        compatibilityDate: "2026-10-01",
         durableObjects: { RUNTIME: { className: "TestRuntime", useSQLite: true } },
         bindings: {
           RUNTIME_SERVICE_TOKEN: TOKEN,
@@ -19,5 +19,5 @@ export default defineConfig({
       },
     }),
   ],
-  test: { include: ["test/**/*.test.ts"] },
+  test: { testTimeout: 30_000, hookTimeout: 30_000, include: ["test/**/*.test.ts"] },
 });
