@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help run test lint advisories release bench image e2e clean
+.PHONY: help run test lint advisories release bench image e2e worker deploy clean
 
 # Static binaries: they run in any image. On another machine's architecture this needs a cross compiler for C.
 TARGET ?= $(patsubst arm64,aarch64,$(shell uname -m))-unknown-linux-musl
@@ -12,6 +12,11 @@ CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/openclaw-runtime
 # Newer versions may judge differently: the verdict on a commit must not depend on the day.
 DENY_VERSION := 0.20.2
 DENY := $(CACHE)/cargo-deny-$(DENY_VERSION)/bin/cargo-deny
+
+# npm's own record of what it installed; older than the lock means install again.
+WORKER := worker/node_modules/.package-lock.json
+# Its tools need a newer Node.js than systems bring: the gateway's. None of them may ask, report or look for updates.
+WORKER_ENV = PATH="$$(gateway/install.sh)/bin:$$PWD/worker/node_modules/.bin:$$PATH" CI=1 WRANGLER_SEND_METRICS=false
 
 # $(call need,TEST,PACKAGE): where TEST fails, installs the Debian package as root, else says what is missing.
 define need
@@ -30,16 +35,18 @@ help: ## List these targets
 run: release ## Build, then run the runtime with a real OpenClaw gateway on this machine (state in .runtime/)
 	@exec gateway/run.sh
 
-test: ## Run all tests: the real binaries, the real gateway, a real S3 server
+test: $(WORKER) ## Run all tests: the real binaries, the real gateway, a real S3 server
 	$(call need,python3 -c 'import ensurepip',python3-venv)
 	$(call need,command -v zstd,zstd)
 	@exec tests/run.sh
 
-lint: $(DENY) ## Check format, clippy, shell scripts, and dependencies (bans, licences, sources)
+lint: $(DENY) $(WORKER) ## Check format, clippy, types, shell scripts, and dependencies (bans, licences, sources)
 	cargo fmt --all --check
 	cargo clippy --locked --workspace --all-targets -- -D warnings
 	$(call need,command -v shellcheck,shellcheck)
-	shellcheck gateway/*.sh tests/*.sh .ci/run
+	shellcheck gateway/*.sh tests/*.sh worker/*.sh .ci/run
+	@export $(WORKER_ENV); set -x; tsc --noEmit -p worker
+	@export $(WORKER_ENV); set -x; prettier --config worker/.prettierrc.json --check wrangler.jsonc worker/src worker/test 'worker/*.ts'
 	$(DENY) --locked check bans licenses sources
 
 advisories: $(DENY) ## Check dependencies against the RustSec advisories (fetches that database from GitHub)
@@ -65,9 +72,20 @@ image: release ## Build the container image from dist/ and gateway/
 e2e: image ## Test the container image; needs a Docker engine
 	@exec tests/image.sh $(IMAGE)
 
+worker: $(WORKER) ## Bundle the Worker into dist/worker/ and print its size, which must be under 3 KiB
+	@export $(WORKER_ENV); wrangler deploy --dry-run --containers-rollout=none --outdir dist/worker >/dev/null
+	@stat -c '%s %n' dist/worker/index.js | awk '{ printf "%-18s %8d bytes  %.2f KiB\n", $$2, $$1, $$1 / 1024; exit $$1 >= 3072 }'
+
+deploy: $(WORKER) ## Deploy one instance to Cloudflare: INSTANCE=<id> SECRETS=<file> [STORE=s3://bucket/prefix]
+	@INSTANCE='$(INSTANCE)' SECRETS='$(SECRETS)' STORE='$(STORE)' exec worker/deploy.sh
+
 clean: ## Remove build results; keeps .runtime/ (your state) and the caches
 	cargo clean
-	rm -rf dist
+	rm -rf dist worker/node_modules
+
+$(WORKER): worker/package.json worker/package-lock.json
+	@cd worker && PATH="$$(../gateway/install.sh)/bin:$$PATH" npm ci --ignore-scripts --no-audit --no-fund --loglevel=error
+	@touch $@
 
 $(DENY):
 	cargo install cargo-deny --version $(DENY_VERSION) --locked --debug --root $(dir $(@D))

@@ -1,0 +1,1 @@
+export const TOKEN = "0123456789abcdef0123456789abcdef";
