@@ -226,3 +226,24 @@ fn hex(bytes: usize) -> String {
         text
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_misspelt_name_is_unknown_and_another_parts_name_is_not() {
+        let variables: Variables = [
+            ("RUNTIME_SERVICE_TOKEN", "0123456789abcdef0123456789abcdef"),
+            ("RUNTIME_BACKUP_INTERVALL", "5m"),
+            ("RUNTIME_LIFECYCLE", "always"),
+            ("RUNTIME_BOOT_ID", "x"),
+            ("RUNTIMES", "are not ours"),
+        ]
+        .map(|(name, value)| (name.into(), value.into()))
+        .into_iter()
+        .collect();
+        let config = Config::read(&variables, Vec::new()).map(|config| config.unknown);
+        assert_eq!(config, Ok(vec!["RUNTIME_BACKUP_INTERVALL".to_owned()]));
+    }
+}

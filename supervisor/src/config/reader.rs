@@ -126,7 +126,7 @@ impl<'a> Reader<'a> {
         let is_known = |name: &str| {
             self.effective.iter().any(|(known, shown)| {
                 name == *known || name.strip_suffix("_FILE") == Some(known) && shown == REDACTED
-            }) || name == "RUNTIME_BOOT_ID"
+            }) || NOT_OURS.contains(&name)
         };
         self.variables
             .iter()
@@ -138,6 +138,9 @@ impl<'a> Reader<'a> {
             .collect()
     }
 }
+
+/// Known names that are no settings of the supervisor: what it hands to the agent, and what is the Worker's.
+const NOT_OURS: [&str; 2] = ["RUNTIME_BOOT_ID", "RUNTIME_LIFECYCLE"];
 
 fn read_secret(path: &OsStr) -> Result<String, String> {
     let mut text = String::new();
