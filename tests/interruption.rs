@@ -77,10 +77,8 @@ fn a_kill_at_any_step_of_a_backup_leaves_what_was_there() {
     }
 }
 
-#[test]
-fn a_kill_after_the_head_moved_does_not_fence_the_writer() {
-    let place = Place::memory();
-    let (host, snapshot) = host(&place);
+/// A backup that is killed between the head's move and learning of it.
+fn kill_once_the_head_moved(place: &Place, host: &Host, snapshot: &str) {
     place
         .s3()
         .add_fault(Kind::Put, "head.json", 1, Effect::StallAfter);
@@ -89,6 +87,13 @@ fn a_kill_after_the_head_moved_does_not_fence_the_writer() {
     e2e::wait::until("the head moves", || place.head()["snapshot"] != snapshot);
     running.signal(Signal::KILL);
     assert_eq!(running.wait().signal, Some(9));
+}
+
+#[test]
+fn a_kill_after_the_head_moved_does_not_fence_the_writer() {
+    let place = Place::memory();
+    let (host, snapshot) = host(&place);
+    kill_once_the_head_moved(&place, &host, &snapshot);
     assert_next_backup_works(&place, &host);
     assert_eq!(place.head()["sequence"], 3);
 }
@@ -97,14 +102,7 @@ fn a_kill_after_the_head_moved_does_not_fence_the_writer() {
 fn a_restart_after_such_a_kill_leaves_the_tree_alone() {
     let place = Place::memory();
     let (mut host, snapshot) = host(&place);
-    place
-        .s3()
-        .add_fault(Kind::Put, "head.json", 1, Effect::StallAfter);
-    let running = host.start(&["backup"]);
-    place.s3().wait_for(Kind::Put, "head.json");
-    e2e::wait::until("the head moves", || place.head()["snapshot"] != snapshot);
-    running.signal(Signal::KILL);
-    assert_eq!(running.wait().signal, Some(9));
+    kill_once_the_head_moved(&place, &host, &snapshot);
     tree::write(&host.root, "since", "written after the last snapshot");
     let before = describe(&host.root);
 
