@@ -139,7 +139,7 @@ fn has_hash(found: &Found<'_>, known: &Entry) -> bool {
         return false;
     };
     let mut sum = Sha256::new();
-    let all: Result<(), std::convert::Infallible> = content.read(|bytes| {
+    let all = content.read(drop, |bytes| {
         sum.update(bytes);
         Ok(())
     });

@@ -76,10 +76,13 @@ impl LayerWriter {
         let start = self.frames.position();
         let mut sum = Sha256::new();
         let frames = &mut self.frames;
-        content.read(|bytes| {
-            sum.update(bytes);
-            frames.write(bytes)
-        })?;
+        content.read(
+            |source| Halt::from(Error::local("read", entry.display())(source)),
+            |bytes| {
+                sum.update(bytes);
+                Ok(frames.write(bytes)?)
+            },
+        )?;
         self.frames.write(padding(self.frames.position() - start))?;
         entry.sha256 = Some(hex(&sum.finalize()));
         entry.extents = extents(&segments, entry.size, start);

@@ -72,8 +72,13 @@ impl Content {
     }
 
     /// Gives all data to `each`, exactly as many bytes as [`Self::segments`] says: a file that grew is cut, one that shrank
-    /// is filled with zeros, because its header is written already.
-    pub fn read<E>(&mut self, mut each: impl FnMut(&[u8]) -> Result<(), E>) -> Result<(), E> {
+    /// is filled with zeros, because its header is written already. What the disk cannot give is not made up: it goes to
+    /// `failed`.
+    pub fn read<E>(
+        &mut self,
+        failed: impl FnOnce(io::Error) -> E,
+        mut each: impl FnMut(&[u8]) -> Result<(), E>,
+    ) -> Result<(), E> {
         self.buffer.resize(CHUNK, 0);
         for &(start, length) in &self.segments {
             let (mut at, end) = (start, start + length);
@@ -81,11 +86,13 @@ impl Content {
                 let want = usize::try_from(end - at).unwrap_or(CHUNK).min(CHUNK);
                 let buffer = &mut self.buffer[..want];
                 let got = match self.file.read_at(buffer, at) {
-                    Ok(0) | Err(_) => {
+                    Ok(0) => {
                         buffer.fill(0);
                         want
                     }
                     Ok(got) => got,
+                    Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                    Err(error) => return Err(failed(error)),
                 };
                 each(&buffer[..got])?;
                 at += got as u64;
@@ -179,4 +186,44 @@ pub fn xattrs(file: impl AsFd) -> io::Result<BTreeMap<String, Vec<u8>>> {
         }
     }
     Ok(found)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Content that was five bytes long when it was opened.
+    fn five_bytes(file: File) -> Content {
+        let status = fstat(&file).expect("an open file has a status");
+        Content {
+            file,
+            status,
+            segments: vec![(0, 5)],
+            buffer: Vec::new(),
+        }
+    }
+
+    fn read(content: &mut Content) -> Result<Vec<u8>, io::ErrorKind> {
+        let mut all = Vec::new();
+        let done = content.read(
+            |error| error.kind(),
+            |bytes| {
+                all.extend_from_slice(bytes);
+                Ok(())
+            },
+        );
+        done.map(|()| all)
+    }
+
+    #[test]
+    fn a_file_that_shrank_is_filled_and_one_that_cannot_be_read_is_not() {
+        let path = std::env::temp_dir().join(format!("backup-agent-read-{}", std::process::id()));
+        std::fs::write(&path, "ab").expect("can write");
+        let file = File::open(&path).expect("can open");
+        assert_eq!(read(&mut five_bytes(file)), Ok(b"ab\0\0\0".to_vec()));
+        // Opened for writing only: every read fails, as on a bad disk.
+        let file = File::options().write(true).open(&path).expect("can open");
+        assert!(read(&mut five_bytes(file)).is_err());
+        std::fs::remove_file(path).expect("can remove");
+    }
 }
