@@ -31,6 +31,7 @@ use crate::{
     error::Error,
     log,
     snapshot::id::hex,
+    tree::scan::DIRECTORY,
 };
 
 /// Longest name of a component (`NAME_MAX`).
@@ -195,8 +196,7 @@ impl Applier {
         let path = || display(&entry.path);
         mkdirat(self.parent(), name.as_c_str(), Mode::S_IRWXU)
             .map_err(Error::local("make", path()))?;
-        let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-        let fd = openat(self.parent(), name.as_c_str(), flags, Mode::empty())
+        let fd = openat(self.parent(), name.as_c_str(), DIRECTORY, Mode::empty())
             .map_err(Error::local("open", path()))?;
         self.levels.push(Level { fd, entry });
         Ok(())

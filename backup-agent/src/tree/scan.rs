@@ -43,7 +43,7 @@ pub enum Verdict {
 }
 
 /// Flags with which every directory is opened.
-const DIRECTORY: OFlag = OFlag::O_RDONLY
+pub const DIRECTORY: OFlag = OFlag::O_RDONLY
     .union(OFlag::O_DIRECTORY)
     .union(OFlag::O_NOFOLLOW)
     .union(OFlag::O_CLOEXEC);

@@ -16,13 +16,13 @@ use std::{
 
 use nix::{
     errno::Errno,
-    fcntl::{OFlag, open},
+    fcntl::open,
     sys::stat::{FileStat, Mode, UtimensatFlags, fstat, utimensat},
     unistd::fchown,
 };
 use rustix::fs::{CWD, RenameFlags, StatxAttributes, StatxFlags, renameat_with, statx};
 
-use super::{identity::Identity, read::xattrs};
+use super::{identity::Identity, read::xattrs, scan::DIRECTORY};
 use crate::error::Error;
 
 /// Name of the working directory where it has to be inside of the root; `exclude` leaves it out.
@@ -53,8 +53,7 @@ impl Staging {
             .mode(0o700)
             .create(&path)
             .map_err(Error::local("make", &path))?;
-        let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-        let fd = open(&path, flags, Mode::empty()).map_err(Error::local("open", &path))?;
+        let fd = open(&path, DIRECTORY, Mode::empty()).map_err(Error::local("open", &path))?;
         if let Some(identity) = identity {
             // Inside of the root its owner could have swapped the directory for another between the two calls above.
             let status = fstat(&fd).map_err(Error::local("look at", &path))?;
@@ -120,8 +119,7 @@ impl Staging {
 
     /// Gives the root the status that the working directory had, and removes that.
     fn hand_over_status(&self, status: &FileStat, root: &Path) -> io::Result<()> {
-        let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-        let fd = open(root, flags, Mode::empty())?;
+        let fd = open(root, DIRECTORY, Mode::empty())?;
         fchown(&fd, Some(status.st_uid.into()), Some(status.st_gid.into()))?;
         for (name, value) in xattrs(self.fd.as_fd())? {
             let flags = rustix::fs::XattrFlags::empty();
