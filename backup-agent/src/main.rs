@@ -47,7 +47,7 @@ fn main() -> ExitCode {
             };
             // A reader that went away (`| head`) changes nothing about what was done.
             let _ = std::io::stdout().write_all(text.as_bytes());
-            ExitCode::SUCCESS
+            ExitCode::from(answer.exit)
         }
         Err(error) => {
             let (exit, word) = error.code();

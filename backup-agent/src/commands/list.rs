@@ -78,10 +78,7 @@ pub async fn run(config: &Config, store: &dyn Store) -> Result<Answer, Error> {
             "fork": is_fork(record),
         }));
     }
-    Ok(Answer {
-        text: rows.concat(),
-        json: json!({ "snapshots": list }),
-    })
+    Ok(Answer::new(rows.concat(), json!({ "snapshots": list })))
 }
 
 fn row([id, time, files, size, stored, note]: [&str; 6]) -> String {

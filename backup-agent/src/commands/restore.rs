@@ -74,7 +74,9 @@ pub async fn run(
     }
     let mut state = State::open(config).await?;
     if let Some(target) = target {
-        let selection = (!paths.is_empty()).then(|| Selection::new(paths)).transpose();
+        let selection = (!paths.is_empty())
+            .then(|| Selection::new(paths))
+            .transpose();
         let selection = selection
             .map_err(|problem| Error::Settings(vec![format!("cannot use --path: {problem}")]))?;
         let done = to_target(config, store, &state, wanted, target, selection).await?;
@@ -248,7 +250,7 @@ async fn carry_on(
 }
 
 /// The record that was asked for.
-async fn choose(
+pub async fn choose(
     config: &Config,
     store: &dyn Store,
     wanted: &str,
@@ -383,5 +385,5 @@ fn answer(done: &Done, place: &Path, begun: Instant) -> Answer {
         "bytesDownloaded": done.downloaded,
         "durationMs": u64::try_from(took.as_millis()).unwrap_or(u64::MAX),
     });
-    Answer { text, json }
+    Answer::new(text, json)
 }

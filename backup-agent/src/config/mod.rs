@@ -160,7 +160,7 @@ impl Config {
     pub fn bound(&self, verb: &Verb) -> Duration {
         self.timeout.unwrap_or(match verb {
             Verb::Backup { .. } => self.backup_timeout,
-            Verb::Restore { .. } | Verb::List => self.restore_timeout,
+            Verb::Restore { .. } | Verb::Verify { .. } | Verb::List => self.restore_timeout,
         })
     }
 
