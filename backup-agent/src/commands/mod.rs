@@ -2,6 +2,7 @@
 
 mod backup;
 mod list;
+mod prune;
 mod restore;
 mod unpack;
 
@@ -43,6 +44,7 @@ pub async fn run(config: &Config, store: &Arc<dyn Store>, verb: &Verb) -> Result
             restore::run(config, store.as_ref(), snapshot, target.as_deref()).await
         }
         Verb::List => list::run(config, store.as_ref()).await,
+        Verb::Prune { dry_run } => prune::run(config, store.as_ref(), *dry_run).await,
     }
 }
 

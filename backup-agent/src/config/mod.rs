@@ -12,6 +12,7 @@ use crate::{
     cli::{Flags, Verb},
     error::Error,
     log,
+    snapshot::retention::Policy,
     tree::{exclude::Excludes, identity::Identity},
 };
 
@@ -78,6 +79,8 @@ pub struct Config {
     /// Whose rights file work is done with; `None`: the caller's.
     pub identity: Option<Identity>,
     pub excludes: Excludes,
+    /// Which snapshots a prune keeps.
+    pub retention: Policy,
     /// The operator answers for a store without conditional writes.
     pub is_unfenced_allowed: bool,
     /// Set when a runtime runs the agent: the name in which it owns the instance.
@@ -127,6 +130,7 @@ impl Config {
             state,
             identity: source.identity(),
             excludes: source.excludes(),
+            retention: source.retention(),
             is_unfenced_allowed: match source.text("RUNTIME_STORE_UNFENCED").as_deref() {
                 None => false,
                 Some("allow") => true,
@@ -153,7 +157,7 @@ impl Config {
     /// The hard bound of a verb.
     pub fn bound(&self, verb: &Verb) -> Duration {
         self.timeout.unwrap_or(match verb {
-            Verb::Backup { .. } => self.backup_timeout,
+            Verb::Backup { .. } | Verb::Prune { .. } => self.backup_timeout,
             Verb::Restore { .. } | Verb::List => self.restore_timeout,
         })
     }

@@ -1,6 +1,6 @@
 //! Names that sort by time: `20260102T030405006Z-89abcdef`.
 
-use jiff::{Timestamp, tz::TimeZone};
+use jiff::{Timestamp, civil::DateTime, tz::TimeZone};
 
 /// The time now, in milliseconds, as an id has it and as RFC 3339.
 pub fn now() -> (String, String) {
@@ -13,6 +13,26 @@ pub fn now() -> (String, String) {
 pub fn new() -> Result<(String, String), std::io::Error> {
     let (time, rfc3339) = now();
     Ok((format!("{time}-{}", random_hex::<4>()?), rfc3339))
+}
+
+/// The time in an id; `None` where its digits are no time.
+pub fn time(id: &str) -> Option<Timestamp> {
+    let digits = |from: usize, to: usize| id.get(from..to)?.parse::<i16>().ok();
+    let small = |from| i8::try_from(digits(from, from + 2)?).ok();
+    let millis = i32::from(digits(15, 18)?);
+    let (month, day) = (small(4)?, small(6)?);
+    let (hour, minute, second) = (small(9)?, small(11)?, small(13)?);
+    let time = DateTime::new(
+        digits(0, 4)?,
+        month,
+        day,
+        hour,
+        minute,
+        second,
+        millis * 1_000_000,
+    );
+    let zoned = time.ok()?.to_zoned(TimeZone::UTC).ok()?;
+    Some(zoned.timestamp())
 }
 
 /// `N` random bytes in hexadecimal.
@@ -61,7 +81,19 @@ mod tests {
         assert_ne!(first, second);
         assert!(first[..19] <= second[..19]);
         assert_eq!(time.len(), "2026-01-02T03:04:05.006Z".len());
-        assert!(time.parse::<Timestamp>().is_ok(), "{time}");
+        let parsed = time.parse::<Timestamp>().expect("it is RFC 3339");
+        assert_eq!(super::time(&first), Some(parsed));
+    }
+
+    #[test]
+    fn digits_that_are_no_time_have_none() {
+        for bad in [
+            "20261301T000000000Z-89abcdef",
+            "20260101T250000000Z-89abcdef",
+            "latest",
+        ] {
+            assert_eq!(time(bad), None, "{bad}");
+        }
     }
 
     #[test]
