@@ -15,24 +15,22 @@ pub fn new() -> Result<(String, String), std::io::Error> {
     Ok((format!("{time}-{}", random_hex::<4>()?), rfc3339))
 }
 
-/// The time in an id; `None` where its digits are no time.
-pub fn time(id: &str) -> Option<Timestamp> {
-    let digits = |from: usize, to: usize| id.get(from..to)?.parse::<i16>().ok();
-    let small = |from| i8::try_from(digits(from, from + 2)?).ok();
-    let millis = i32::from(digits(15, 18)?);
-    let (month, day) = (small(4)?, small(6)?);
-    let (hour, minute, second) = (small(9)?, small(11)?, small(13)?);
-    let time = DateTime::new(
-        digits(0, 4)?,
-        month,
-        day,
-        hour,
-        minute,
-        second,
-        millis * 1_000_000,
-    );
-    let zoned = time.ok()?.to_zoned(TimeZone::UTC).ok()?;
-    Some(zoned.timestamp())
+/// The UTC time in an id, or in RFC 3339 as S3 writes it: the digits from year to milliseconds, whatever is between them.
+/// `None` where they are no time.
+pub fn time(text: &str) -> Option<Timestamp> {
+    let mut digits = text.bytes().filter(u8::is_ascii_digit);
+    let mut number = |length| {
+        (0..length).try_fold(0, |number, _| {
+            Some(10 * number + i16::from(digits.next()? - b'0'))
+        })
+    };
+    let year = number(4)?;
+    let mut small = || i8::try_from(number(2)?).ok();
+    let date = [small()?, small()?];
+    let clock = [small()?, small()?, small()?];
+    let nanos = i32::from(number(3).unwrap_or_default()) * 1_000_000;
+    let time = DateTime::new(year, date[0], date[1], clock[0], clock[1], clock[2], nanos);
+    TimeZone::UTC.to_timestamp(time.ok()?).ok()
 }
 
 /// `N` random bytes in hexadecimal.
@@ -82,7 +80,11 @@ mod tests {
         assert!(first[..19] <= second[..19]);
         assert_eq!(time.len(), "2026-01-02T03:04:05.006Z".len());
         let parsed = time.parse::<Timestamp>().expect("it is RFC 3339");
-        assert_eq!(super::time(&first), Some(parsed));
+        for text in [&first, &time] {
+            assert_eq!(super::time(text), Some(parsed));
+        }
+        let whole = "2026-01-02T03:04:05Z";
+        assert_eq!(super::time(whole), whole.parse().ok());
     }
 
     #[test]

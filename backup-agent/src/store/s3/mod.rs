@@ -18,7 +18,7 @@ use tokio::{sync::mpsc, task::JoinSet};
 
 use self::remote::{ANSWER, EXPIRY, Remote, deadline, entity_tag, header_value, whole_size};
 use super::{PROBE, Part, Pending, SMALL_OBJECT, Store, StoreError, http::Http, retry::retry};
-use crate::{config, error::Error};
+use crate::{config, error::Error, snapshot::id};
 
 /// Parts of one upload that are on their way at once. Two keep the line busy while the next part is compressed.
 const IN_FLIGHT: usize = 2;
@@ -93,7 +93,7 @@ impl S3 {
                 .await?;
             for object in page.contents {
                 if let Some(key) = object.key.strip_prefix(&self.prefix) {
-                    let modified = object.last_modified.and_then(|time| time.parse().ok());
+                    let modified = object.last_modified.as_deref().and_then(id::time);
                     objects.push((key.to_owned(), modified));
                 }
             }
