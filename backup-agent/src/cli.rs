@@ -46,6 +46,12 @@ pub enum Verb {
     },
     /// Show the snapshots of this instance, newest first
     List,
+    /// Remove the snapshots that the retention policy does not keep, and what only they needed
+    Prune {
+        /// Only say what would be removed, and why
+        #[arg(long)]
+        dry_run: bool,
+    },
 }
 
 /// Flags of every verb; each overrides its RUNTIME_ variable.

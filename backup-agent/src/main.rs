@@ -1,4 +1,4 @@
-//! One-shot command of the runtime: `backup`, `restore` and `list` snapshots of a directory tree.
+//! One-shot command of the runtime: `backup`, `restore`, `list` and `prune` snapshots of a directory tree.
 //!
 //! Results go to standard output, everything else to standard error; the exit code is part of the interface.
 

@@ -2,6 +2,7 @@
 
 mod backup;
 mod list;
+mod prune;
 mod restore;
 mod unpack;
 mod verify;
@@ -65,6 +66,7 @@ pub async fn run(config: &Config, store: &Arc<dyn Store>, verb: &Verb) -> Result
             verify::run(config, store.as_ref(), snapshot, *deep).await
         }
         Verb::List => list::run(config, store.as_ref()).await,
+        Verb::Prune { dry_run } => prune::run(config, store.as_ref(), *dry_run).await,
     }
 }
 
