@@ -8,6 +8,7 @@ pub mod binaries;
 pub mod device;
 pub mod golden;
 pub mod http;
+pub mod machine;
 pub mod moto;
 pub mod openclaw;
 pub mod s3;
