@@ -11,6 +11,7 @@ pub mod http;
 pub mod machine;
 pub mod moto;
 pub mod openclaw;
+pub mod rclone;
 pub mod s3;
 pub mod signature;
 pub mod supervisor;

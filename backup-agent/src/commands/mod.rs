@@ -1,6 +1,7 @@
 //! The verbs. Each takes the settings and the store and gives an answer for people and one for programs.
 
 mod backup;
+mod import;
 mod list;
 mod restore;
 mod unpack;
@@ -43,6 +44,7 @@ pub async fn run(config: &Config, store: &Arc<dyn Store>, verb: &Verb) -> Result
             restore::run(config, store.as_ref(), snapshot, target.as_deref()).await
         }
         Verb::List => list::run(config, store.as_ref()).await,
+        Verb::Import { .. } => import::run(config, store.as_ref(), config.bound(verb)).await,
     }
 }
 

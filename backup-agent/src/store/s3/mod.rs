@@ -16,11 +16,14 @@ use rusty_s3::{
 use tokio::{sync::mpsc, task::JoinSet};
 
 use self::remote::{ANSWER, EXPIRY, Remote, deadline, entity_tag, header_value, whole_size};
-use super::{Part, Pending, SMALL_OBJECT, Store, StoreError, http::Http, retry::retry};
+use super::{Object, Part, Pending, SMALL_OBJECT, Store, StoreError, http::Http, retry::retry};
 use crate::{config, error::Error};
 
 /// Parts of one upload that are on their way at once. Two keep the line busy while the next part is compressed.
 const IN_FLIGHT: usize = 2;
+/// Where the tools that copy files to S3 keep a file's time (rclone, s3fs): seconds since 1970, with or without a fraction.
+const MTIME: &str = "x-amz-meta-mtime";
+
 /// Objects below one prefix of a bucket.
 pub struct S3 {
     remote: Arc<Remote>,
@@ -30,8 +33,8 @@ pub struct S3 {
 }
 
 impl S3 {
-    /// A store below `<prefix>/<instance>/`; nothing is requested yet.
-    pub fn new(place: &config::Bucket, instance: &str, bound: Duration) -> Result<Self, Error> {
+    /// A store below `<prefix>/<folder>`; nothing is requested yet.
+    pub fn new(place: &config::Bucket, folder: &str, bound: Duration) -> Result<Self, Error> {
         let style = if place.is_virtual_host {
             UrlStyle::VirtualHost
         } else {
@@ -53,7 +56,7 @@ impl S3 {
                 // The clock of the operation starts with the store, give or take a millisecond.
                 deadline: deadline(bound),
             }),
-            prefix: format!("{}{instance}/", place.prefix),
+            prefix: format!("{}{folder}", place.prefix),
             open: Mutex::default(),
         })
     }
@@ -202,8 +205,15 @@ impl Store for S3 {
 
     fn list<'a>(&'a self, prefix: &'a str) -> Pending<'a, Vec<String>> {
         Box::pin(async move {
+            let objects = self.walk(prefix).await?;
+            Ok(objects.into_iter().map(|object| object.key).collect())
+        })
+    }
+
+    fn walk<'a>(&'a self, prefix: &'a str) -> Pending<'a, Vec<Object>> {
+        Box::pin(async move {
             let full = self.object(prefix);
-            let mut keys = Vec::new();
+            let mut objects = Vec::new();
             let mut token: Option<String> = None;
             loop {
                 let page = token.clone();
@@ -219,20 +229,46 @@ impl Store for S3 {
                     .remote
                     .send_and(Method::GET, action, Bytes::new(), ANSWER, |answer| {
                         let text = std::str::from_utf8(&answer.body).ok()?;
-                        ListObjectsV2::parse_response(text).ok()
+                        let page = ListObjectsV2::parse_response(text).ok()?;
+                        let is_whole = page.contents.iter().all(|object| object.size.is_some());
+                        is_whole.then_some(page)
                     })
                     .await?;
-                let relative = page
-                    .contents
-                    .iter()
-                    .filter_map(|object| object.key.strip_prefix(&self.prefix));
-                keys.extend(relative.map(str::to_owned));
+                let relative = page.contents.into_iter().filter_map(|object| {
+                    Some(Object {
+                        key: object.key.strip_prefix(&self.prefix)?.to_owned(),
+                        size: object.size.unwrap_or_default(),
+                        tag: object.etag.unwrap_or_default(),
+                    })
+                });
+                objects.extend(relative);
                 match page.next_continuation_token {
                     // A service that hands out the same page for ever must not hold us for ever.
                     next @ Some(_) if next != token => token = next,
-                    _ => return Ok(keys),
+                    _ => return Ok(objects),
                 }
             }
+        })
+    }
+
+    fn stat<'a>(&'a self, key: &'a str) -> Pending<'a, (String, Option<i64>)> {
+        Box::pin(async move {
+            let object = self.object(key);
+            let action = |remote: &Remote| {
+                let head = remote
+                    .bucket
+                    .head_object(Some(&remote.credentials), &object);
+                (head.sign(EXPIRY), HeaderMap::new())
+            };
+            let (answer, ()) = self
+                .remote
+                .send(Method::HEAD, action, Bytes::new(), ANSWER)
+                .await?;
+            let time = answer
+                .headers
+                .get(MTIME)
+                .and_then(|time| time.to_str().ok());
+            Ok((entity_tag(&answer)?, time.and_then(parse_time)))
         })
     }
 
@@ -275,5 +311,34 @@ impl Store for S3 {
             }
             Ok(())
         })
+    }
+}
+
+/// A time of [`MTIME`] in nanoseconds.
+fn parse_time(text: &str) -> Option<i64> {
+    let (seconds, fraction) = text.split_once('.').unwrap_or((text, ""));
+    let nanos = format!("{fraction:0<9}").get(..9)?.parse::<u32>().ok()?;
+    let seconds = seconds.parse::<i64>().ok()?;
+    seconds
+        .checked_mul(1_000_000_000)?
+        .checked_add(i64::from(nanos))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_of_files_may_have_a_fraction() {
+        for (text, want) in [
+            ("1700000000.123456789", Some(1_700_000_000_123_456_789)),
+            ("1700000000.5", Some(1_700_000_000_500_000_000)),
+            ("1700000000", Some(1_700_000_000_000_000_000)),
+            ("yesterday", None),
+            ("1.x", None),
+            ("99999999999999", None),
+        ] {
+            assert_eq!(parse_time(text), want, "{text}");
+        }
     }
 }
