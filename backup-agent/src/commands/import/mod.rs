@@ -42,7 +42,7 @@ pub async fn run(config: &Config, store: &dyn Store, bound: Duration) -> Result<
 
     let staging = Staging::new(&config.root, config.identity)?;
     let (sender, receiver) = mpsc::channel(1);
-    let home = staging.path().to_owned();
+    let home = staging.fd()?;
     let writing = with_identity(config.identity, "writer", move || write(&home, receiver));
     let (fetched, written) = tokio::join!(fetch_all(&source, &from, plan, sender), writing);
     written??;

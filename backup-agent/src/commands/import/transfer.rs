@@ -2,16 +2,23 @@
 
 use std::{
     cell::RefCell,
-    fs::{DirBuilder, File, OpenOptions},
+    fs::File,
     io,
-    os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt},
+    os::{fd::OwnedFd, unix::fs::FileExt},
     path::{Path, PathBuf},
     rc::Rc,
     sync::Arc,
 };
 
 use hyper::body::Bytes;
-use nix::sys::{stat::futimens, time::TimeSpec};
+use nix::{
+    errno::Errno,
+    fcntl::{OFlag, openat},
+    sys::{
+        stat::{Mode, futimens, mkdirat},
+        time::TimeSpec,
+    },
+};
 use tokio::{
     sync::mpsc,
     task::{JoinSet, LocalSet},
@@ -126,36 +133,41 @@ async fn fetch(
 }
 
 /// Writes what comes, on a thread with the gateway user's rights. Modes are the gateway's own: S3 has kept none.
-pub fn write(home: &Path, mut pieces: mpsc::Receiver<Piece>) -> Result<(), Error> {
+///
+/// It works below the staging directory's descriptor: once that is removed, no late piece can bring it back.
+pub fn write(home: &OwnedFd, mut pieces: mpsc::Receiver<Piece>) -> Result<(), Error> {
     while let Some(piece) = pieces.blocking_recv() {
-        let path = home.join(&piece.path);
         let directory = if piece.is_directory {
-            Some(&*path)
+            Some(&*piece.path)
         } else {
-            path.parent()
+            piece.path.parent()
         };
-        let directory = directory.unwrap_or(home);
-        let mut private = DirBuilder::new();
-        private
-            .recursive(true)
-            .mode(0o700)
-            .create(directory)
-            .map_err(Error::local("make", directory))?;
+        if piece.offset == 0 {
+            make_directories(home, directory).map_err(Error::local("make", &piece.path))?;
+        }
         if !piece.is_directory {
-            write_piece(&path, &piece).map_err(Error::local("write", &path))?;
+            write_piece(home, &piece).map_err(Error::local("write", &piece.path))?;
         }
     }
     Ok(())
 }
 
-fn write_piece(path: &Path, piece: &Piece) -> io::Result<()> {
-    let mut private = OpenOptions::new();
-    let file: File = private
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .mode(0o600)
-        .open(path)?;
+fn make_directories(home: &OwnedFd, directory: Option<&Path>) -> Result<(), Errno> {
+    let mut path = PathBuf::new();
+    for name in directory.into_iter().flatten() {
+        path.push(name);
+        match mkdirat(home, &path, Mode::S_IRWXU) {
+            Ok(()) | Err(Errno::EEXIST) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+fn write_piece(home: &OwnedFd, piece: &Piece) -> io::Result<()> {
+    let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    let fd = openat(home, &piece.path, flags, Mode::S_IRUSR | Mode::S_IWUSR)?;
+    let file = File::from(fd);
     file.write_all_at(&piece.bytes, piece.offset)?;
     if let Some(nanos) = piece.modified {
         let time = TimeSpec::new(
