@@ -6,7 +6,7 @@
 mod layout;
 mod transfer;
 
-use std::{path::PathBuf, sync::Arc, time::Duration};
+use std::{path::PathBuf, time::Duration};
 
 use serde_json::json;
 use tokio::sync::mpsc;
@@ -35,8 +35,9 @@ pub async fn run(config: &Config, store: &dyn Store, bound: Duration) -> Result<
     refuse_used(config, store).await?;
     let location = config.source.as_ref().ok_or(Error::Internal("flag"))?;
     let source = store::open_at(location, "", bound)?;
-    let from: Arc<str> = location.to_string().trim_end_matches('/').into();
-    let (plan, workspace) = plan(source.as_ref(), &from).await?;
+    let from = location.to_string();
+    let from = from.trim_end_matches('/');
+    let (plan, workspace) = plan(source.as_ref(), from).await?;
     let databases = plan.iter().filter(|file| file.is_database()).count();
     let bytes: u64 = plan.iter().map(|file| file.object.size).sum();
 
@@ -44,7 +45,7 @@ pub async fn run(config: &Config, store: &dyn Store, bound: Duration) -> Result<
     let (sender, receiver) = mpsc::channel(1);
     let home = staging.fd()?;
     let writing = with_identity(config.identity, "writer", move || write(&home, receiver));
-    let (fetched, written) = tokio::join!(fetch_all(&source, &from, plan, sender), writing);
+    let (fetched, written) = tokio::join!(fetch_all(source.as_ref(), from, plan, sender), writing);
     written??;
     fetched?;
 
@@ -67,7 +68,7 @@ pub async fn run(config: &Config, store: &dyn Store, bound: Duration) -> Result<
         answer.text,
         human_bytes(bytes)
     );
-    answer.json["from"] = json!(&*from);
+    answer.json["from"] = json!(from);
     answer.json["bytes"] = json!(bytes);
     answer.json["workspace"] = json!(workspace);
     answer.json["databases"] = json!(databases);

@@ -3,11 +3,11 @@
 use std::{
     cell::RefCell,
     fs::File,
+    future::poll_fn,
     io,
     os::{fd::OwnedFd, unix::fs::FileExt},
     path::{Path, PathBuf},
-    rc::Rc,
-    sync::Arc,
+    task::Poll,
 };
 
 use hyper::body::Bytes;
@@ -19,10 +19,7 @@ use nix::{
         time::TimeSpec,
     },
 };
-use tokio::{
-    sync::mpsc,
-    task::{JoinSet, LocalSet},
-};
+use tokio::sync::mpsc;
 
 use super::layout::{Planned, refuse};
 use crate::{error::Error, store::Store};
@@ -44,34 +41,38 @@ pub struct Piece {
 
 /// Brings every file, several at once.
 pub async fn fetch_all(
-    source: &Arc<dyn Store>,
-    from: &Arc<str>,
+    source: &dyn Store,
+    from: &str,
     plan: Vec<Planned>,
     sender: mpsc::Sender<Piece>,
 ) -> Result<(), Error> {
-    let queue = Rc::new(RefCell::new(plan.into_iter()));
-    let (local, mut workers) = (LocalSet::new(), JoinSet::new());
-    for _ in 0..PARALLEL {
-        let (source, from) = (source.clone(), from.clone());
-        let (queue, sender) = (queue.clone(), sender.clone());
-        let work = async move {
-            loop {
-                let Some(file) = queue.borrow_mut().next() else {
-                    return Ok(());
-                };
-                fetch(source.as_ref(), &from, file, &sender).await?;
-            }
-        };
-        workers.spawn_local_on(work, &local);
-    }
-    drop(sender);
-    let all = async {
-        while let Some(done) = workers.join_next().await {
-            done.map_err(|_| Error::Internal("download"))??;
+    let queue = RefCell::new(plan.into_iter());
+    let work = async || {
+        loop {
+            let Some(file) = queue.borrow_mut().next() else {
+                return Ok(());
+            };
+            fetch(source, from, file, &sender).await?;
         }
-        Ok(())
     };
-    local.run_until(all).await
+    let mut workers: Vec<_> = (0..PARALLEL).map(|_| Box::pin(work())).collect();
+    // Polling all of them when one is woken costs nothing beside a request, and their error ends the others.
+    poll_fn(|context| {
+        let mut at = 0;
+        while let Some(worker) = workers.get_mut(at) {
+            match worker.as_mut().poll(context) {
+                Poll::Ready(Ok(())) => drop(workers.swap_remove(at)),
+                Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
+                Poll::Pending => at += 1,
+            }
+        }
+        if workers.is_empty() {
+            Poll::Ready(Ok(()))
+        } else {
+            Poll::Pending
+        }
+    })
+    .await
 }
 
 async fn fetch(
