@@ -7,158 +7,60 @@ use std::error::Error;
 use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
+use std::process::Command;
 
-use e2e::binaries::binary;
 use e2e::device::{Device, Welcome};
+use e2e::machine::{GATEWAY_TOKEN, Machine, data, find, pair_device};
 use e2e::moto::Moto;
 use e2e::openclaw::{OpenClaw, prepare_script, require_approval};
-use e2e::supervisor::{Setup, Supervisor, is_alive, is_root, place};
+use e2e::supervisor::{Supervisor, is_alive, is_root};
 use e2e::wait::until;
 use nix::sys::signal::{Signal, kill};
-use nix::unistd::{Pid, User, geteuid};
+use nix::unistd::Pid;
 use serde_json::Value;
 
 type Outcome<T = ()> = Result<T, Box<dyn Error>>;
 
-/// What the gateway and its clients share.
-const GATEWAY_TOKEN: &str = "gateway-token-0123456789abcdefghij";
-
-/// Ready takes 10 to 20 seconds, a minute on a busy machine.
-const READY_DEADLINE: Duration = Duration::from_mins(3);
-
-/// A disk, and the runtime's place on it. The store is elsewhere.
-struct Machine {
-    openclaw: OpenClaw,
-    disk: PathBuf,
-    store: Vec<(&'static str, String)>,
+fn notes(machine: &Machine) -> PathBuf {
+    machine.root().join(".openclaw/workspace/notes.bin")
 }
 
-impl Machine {
-    fn root(&self) -> PathBuf {
-        self.disk.join("root")
-    }
+/// Pairs a device through the API and leaves a file, then takes a snapshot of both.
+fn leave_traces(machine: &Machine, supervisor: &Supervisor) -> Outcome<Device> {
+    let device = pair_device(supervisor)?;
+    let notes = notes(machine);
+    fs::create_dir_all(notes.parent().ok_or("a file has a folder")?)?;
+    fs::write(&notes, contents())?;
 
-    fn notes(&self) -> PathBuf {
-        self.root().join(".openclaw/workspace/notes.bin")
-    }
+    let backup = data(supervisor, "POST", "/v1/backup")?;
+    assert!(backup["snapshot"].is_string(), "{backup}");
+    assert_eq!(backup["unchanged"], false);
+    Ok(device)
+}
 
-    /// A supervisor that will run the real gateway and the real agent.
-    fn setup(&self) -> Outcome<(Setup, Command)> {
-        let user = User::from_uid(geteuid())?.ok_or("the caller has no name")?;
-        let mut setup = Setup::new()
-            .with("RUNTIME_ROOT", &self.root().display().to_string())
-            .with(
-                "RUNTIME_STATE",
-                &self.disk.join("state").display().to_string(),
-            )
-            .with("RUNTIME_GATEWAY_USER", &user.name)
-            .with("RUNTIME_GATEWAY_TOKEN", GATEWAY_TOKEN)
-            .with(
-                "RUNTIME_GATEWAY_PREPARE",
-                &prepare_script().display().to_string(),
-            );
-        for (name, value) in &self.store {
-            setup = setup.with(name, value);
-        }
-        let port = setup.gateway.port().to_string();
-        let command =
-            format!("openclaw gateway run --port {port} --bind loopback --allow-unconfigured");
-        let setup = setup.command(&command.split(' ').collect::<Vec<_>>());
-        let agent = setup.folder.path().join("bin/backup-agent");
-        fs::remove_file(&agent)?;
-        place(&binary("backup-agent"), &agent);
-        let mut program = setup.program();
-        program
-            .env("PATH", self.openclaw.search_path())
-            .stdout(Stdio::null());
-        Ok((setup, program))
-    }
+/// Everything that was there is there again.
+fn check_traces(machine: &Machine, supervisor: &mut Supervisor, device: &Device) -> Outcome {
+    let restore = supervisor.status()["restore"].take();
+    assert!(restore["snapshot"].is_string(), "{restore}");
+    assert_eq!(restore["error"], Value::Null);
 
-    fn start(&self) -> Outcome<Supervisor> {
-        let (setup, program) = self.setup()?;
-        ready(setup.start_as(program))
-    }
+    let devices = data(supervisor, "GET", "/v1/devices")?;
+    let paired = find(&devices["paired"], "deviceId", &device.id());
+    assert_eq!(paired["clientId"], "openclaw-ios", "{devices}");
+    assert_eq!(
+        device.connect(supervisor.setup.gateway, GATEWAY_TOKEN)?,
+        Welcome::Paired
+    );
+    assert!(
+        fs::read(notes(machine))? == contents(),
+        "the file is another"
+    );
 
-    /// Starts as if on a machine with another name.
-    fn start_elsewhere(&self) -> Outcome<Supervisor> {
-        let (setup, program) = self.setup()?;
-        let mut elsewhere = Command::new("unshare");
-        elsewhere
-            .args([
-                "--uts",
-                "sh",
-                "-c",
-                "hostname elsewhere && exec \"$0\" \"$@\"",
-            ])
-            .arg(program.get_program())
-            .args(program.get_args())
-            .env_clear()
-            .envs(
-                program
-                    .get_envs()
-                    .filter_map(|(name, value)| Some((name, value?))),
-            )
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::piped());
-        ready(setup.start_as(elsewhere))
-    }
-
-    /// Pairs a device through the API and leaves a file, then takes a snapshot of both.
-    fn leave_traces(&self, supervisor: &Supervisor) -> Outcome<Device> {
-        let gateway = supervisor.setup.gateway;
-        let device = Device::new()?;
-        let Welcome::Pending(request) = device.connect(gateway, GATEWAY_TOKEN)? else {
-            return Err("the gateway let an unknown device in".into());
-        };
-        let devices = data(supervisor, "GET", "/v1/devices")?;
-        assert_eq!(
-            find(&devices["pending"], "requestId", &request)["deviceId"],
-            device.id()
-        );
-        assert_eq!(devices["paired"], Value::Array(Vec::new()));
-
-        let approval = data(
-            supervisor,
-            "POST",
-            &format!("/v1/devices/{request}/approve"),
-        )?;
-        assert_eq!(approval["approved"], true);
-        assert_eq!(approval["requestId"], request);
-        assert_eq!(approval["device"]["deviceId"], device.id());
-        assert_eq!(device.connect(gateway, GATEWAY_TOKEN)?, Welcome::Paired);
-
-        let notes = self.notes();
-        fs::create_dir_all(notes.parent().ok_or("a file has a folder")?)?;
-        fs::write(&notes, contents())?;
-
-        let backup = data(supervisor, "POST", "/v1/backup")?;
-        assert!(backup["snapshot"].is_string(), "{backup}");
-        assert_eq!(backup["unchanged"], false);
-        Ok(device)
-    }
-
-    /// Everything that was there is there again.
-    fn check_traces(&self, supervisor: &mut Supervisor, device: &Device) -> Outcome {
-        let restore = supervisor.status()["restore"].take();
-        assert!(restore["snapshot"].is_string(), "{restore}");
-        assert_eq!(restore["error"], Value::Null);
-
-        let devices = data(supervisor, "GET", "/v1/devices")?;
-        let paired = find(&devices["paired"], "deviceId", &device.id());
-        assert_eq!(paired["clientId"], "openclaw-ios", "{devices}");
-        assert_eq!(
-            device.connect(supervisor.setup.gateway, GATEWAY_TOKEN)?,
-            Welcome::Paired
-        );
-        assert!(fs::read(self.notes())? == contents(), "the file is another");
-
-        assert_eq!(supervisor.stop(), Some(0), "{}", supervisor.log());
-        let scratch = tempfile::tempdir()?;
-        self.openclaw.check_databases(&self.root(), scratch.path())
-    }
+    assert_eq!(supervisor.stop(), Some(0), "{}", supervisor.log());
+    let scratch = tempfile::tempdir()?;
+    machine
+        .openclaw
+        .check_databases(&machine.root(), scratch.path())
 }
 
 /// Bytes of every value, over more than one frame of a layer, and not compressible to nothing.
@@ -169,36 +71,6 @@ fn contents() -> Vec<u8> {
         state.to_be_bytes()[0]
     };
     std::iter::repeat_with(step).take(5 << 20).collect()
-}
-
-/// Waits for the gateway, which takes longer than anything else in these tests.
-fn ready(supervisor: Supervisor) -> Outcome<Supervisor> {
-    let start = Instant::now();
-    while start.elapsed() < READY_DEADLINE {
-        match supervisor.status()["gateway"]["status"].as_str() {
-            Some("running") => return Ok(supervisor),
-            Some("restoring" | "starting") => std::thread::sleep(Duration::from_millis(100)),
-            other => return Err(format!("the gateway is {other:?}\n{}", supervisor.log()).into()),
-        }
-    }
-    Err(format!("the gateway never became ready\n{}", supervisor.log()).into())
-}
-
-/// `data` of a request that succeeds.
-fn data(supervisor: &Supervisor, method: &str, path: &str) -> Outcome<Value> {
-    let mut answer = supervisor.request(method, path);
-    if answer.status == 200 && answer.body["ok"] == true {
-        return Ok(answer.body["data"].take());
-    }
-    Err(format!("{method} {path}: {answer:?}\n{}", supervisor.log()).into())
-}
-
-/// The entry of a list that has this value, or null.
-fn find<'a>(list: &'a Value, key: &str, value: &str) -> &'a Value {
-    let mut entries = list.as_array().into_iter().flatten();
-    entries
-        .find(|entry| entry[key] == value)
-        .unwrap_or(&Value::Null)
 }
 
 fn machine(folder: &Path, store: Vec<(&'static str, String)>) -> Outcome<Machine> {
@@ -214,14 +86,14 @@ fn machine(folder: &Path, store: Vec<(&'static str, String)>) -> Outcome<Machine
 /// The whole story, with an orderly stop in the middle.
 fn survives_the_loss_of_the_disk(machine: &Machine) -> Outcome {
     let mut supervisor = machine.start()?;
-    let device = machine.leave_traces(&supervisor)?;
+    let device = leave_traces(machine, &supervisor)?;
     assert_eq!(supervisor.stop(), Some(0), "{}", supervisor.log());
     drop(supervisor);
 
     fs::remove_dir_all(&machine.disk)?;
 
     let mut supervisor = machine.start()?;
-    machine.check_traces(&mut supervisor, &device)
+    check_traces(machine, &mut supervisor, &device)
 }
 
 #[test]
@@ -255,7 +127,7 @@ fn gateway_killed_on_one_host_starts_on_another() -> Outcome {
     let store = format!("file://{}", folder.path().join("store").display());
     let machine = machine(folder.path(), vec![("RUNTIME_STORE", store)])?;
     let supervisor = machine.start()?;
-    let device = machine.leave_traces(&supervisor)?;
+    let device = leave_traces(&machine, &supervisor)?;
 
     let gateway = supervisor.status()["gateway"]["pid"]
         .as_i64()
@@ -267,7 +139,7 @@ fn gateway_killed_on_one_host_starts_on_another() -> Outcome {
     fs::remove_dir_all(&machine.disk)?;
 
     let mut supervisor = machine.start_elsewhere()?;
-    machine.check_traces(&mut supervisor, &device)
+    check_traces(&machine, &mut supervisor, &device)
 }
 
 /// The script alone, where a gateway would hide what it did.

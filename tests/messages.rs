@@ -120,6 +120,22 @@ fn settings(book: &mut Book) {
         &["backup", "--root", "data"],
         64,
     );
+    book.add(
+        "import from nowhere",
+        &host,
+        &place,
+        &["import", "--from", "r2:bucket"],
+        64,
+    );
+    tree::write(host.folder.path(), "old/else/file", "content");
+    let old = format!("file://{}", host.folder.path().join("old").display());
+    book.add(
+        "import of something else",
+        &host,
+        &place,
+        &["import", "--from", &old],
+        64,
+    );
     let mut all = Host::new(&place);
     for (name, value) in [
         ("RUNTIME_ROOT", "data"),
@@ -207,6 +223,15 @@ fn damage(book: &mut Book) {
     book.add("nothing there", &host, &place, &["restore"], 10);
     tree::write(&host.root, "file", "content");
     let snapshot = host.backup();
+    tree::write(host.folder.path(), "old/openclaw/openclaw.json", "{}");
+    let old = format!("file://{}", host.folder.path().join("old").display());
+    book.add(
+        "import into a used instance",
+        &host,
+        &place,
+        &["import", "--from", &old],
+        64,
+    );
     book.add(
         "no such snapshot",
         &host,
@@ -445,6 +470,12 @@ fn answers_have_the_members_that_programs_rely_on() {
     tree::write(&host.root, "file", "content");
     let mut text = String::new();
     let target = host.folder.path().join("target").display().to_string();
+    tree::write(
+        host.folder.path(),
+        "old/openclaw/state/openclaw.sqlite",
+        "content",
+    );
+    let from = format!("file://{}", host.folder.path().join("old").display());
     for arguments in [
         &["backup"][..],
         &["backup"],
@@ -454,9 +485,11 @@ fn answers_have_the_members_that_programs_rely_on() {
         &["list"],
         &["prune"],
         &["prune", "--dry-run"],
+        &["import", "--instance", "other", "--from", &from],
     ] {
         let mut answer = host.json(arguments);
         mask(&mut answer);
+        let answer = neutral(&answer.to_string(), &host, &place);
         writeln!(text, "{} {answer}", arguments[0]).expect("a string takes everything");
     }
     golden::compare("agent-answers.txt", &text);

@@ -52,6 +52,12 @@ pub enum Verb {
         #[arg(long)]
         dry_run: bool,
     },
+    /// Make the first snapshot of an instance out of the folders that another set-up keeps
+    Import {
+        /// What holds the folders: <s3://bucket/prefix> or <file:///dir>
+        #[arg(long, value_name = "URL")]
+        from: String,
+    },
 }
 
 /// Flags of every verb; each overrides its RUNTIME_ variable.

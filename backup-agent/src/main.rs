@@ -1,4 +1,4 @@
-//! One-shot command of the runtime: `backup`, `restore`, `list` and `prune` snapshots of a directory tree.
+//! One-shot command of the runtime: takes, restores, checks and prunes snapshots of a directory tree.
 //!
 //! Results go to standard output, everything else to standard error; the exit code is part of the interface.
 
@@ -36,7 +36,7 @@ fn main() -> ExitCode {
         }
     };
     let json = cli.flags.json;
-    let result = Config::load(&cli.flags, |name| std::env::var_os(name))
+    let result = Config::load(&cli, |name| std::env::var_os(name))
         .and_then(|config| interrupt::bounded(&config, &cli.verb));
     match result {
         Ok(answer) => {

@@ -36,6 +36,19 @@ impl OpenClaw {
         path
     }
 
+    /// What a command of its own that answers in JSON says of the state in a home.
+    pub fn ask(&self, home: &Path, arguments: &[&str]) -> Result<Value, Box<dyn Error>> {
+        let output = Command::new(self.bin.join("openclaw"))
+            .args(arguments)
+            .env_clear()
+            .env("HOME", home)
+            .env("PATH", self.search_path())
+            .output()?;
+        let said = String::from_utf8_lossy(&output.stderr);
+        let wrong = |error| format!("openclaw {}: {error}: {said}", arguments.join(" "));
+        Ok(serde_json::from_slice(&output.stdout).map_err(wrong)?)
+    }
+
     /// Checks the databases of a gateway that is not running with its own tools: its backup command runs a full
     /// integrity check of each and verifies the copies. `scratch` is an empty directory for the copies.
     pub fn check_databases(&self, home: &Path, scratch: &Path) -> Result<(), Box<dyn Error>> {

@@ -7,8 +7,8 @@ use tokio::sync::mpsc;
 
 use crate::store::Part;
 
-/// Parts are at least this large; S3 asks for 5 MiB. Larger ones would only hold more memory.
-const SMALLEST: u64 = 8 << 20;
+/// Parts are at least this large, as S3 asks. Larger ones would only hold more memory.
+const SMALLEST: u64 = 5 << 20;
 /// S3 takes 10,000 parts of one object; the reserve is for what a tree may grow while it is read.
 const MOST: u64 = 9_000;
 
@@ -27,16 +27,43 @@ pub fn part_size(estimate: u64) -> usize {
 pub struct PartWriter {
     sender: mpsc::Sender<Part>,
     part: Vec<u8>,
+    /// Buffers of parts that were sent come back, to be filled again: fresh memory has to be zeroed by the kernel first.
+    spare: std::sync::mpsc::Receiver<Vec<u8>>,
+    returns: std::sync::mpsc::Sender<Vec<u8>>,
     part_size: usize,
     sum: Sha256,
     written: u64,
 }
 
+/// A part's bytes for as long as anybody needs them.
+struct Lent {
+    bytes: Vec<u8>,
+    returns: std::sync::mpsc::Sender<Vec<u8>>,
+}
+
+impl AsRef<[u8]> for Lent {
+    fn as_ref(&self) -> &[u8] {
+        &self.bytes
+    }
+}
+
+impl Drop for Lent {
+    fn drop(&mut self) {
+        let mut bytes = std::mem::take(&mut self.bytes);
+        bytes.clear();
+        // Nobody waits for it after the last part.
+        let _ = self.returns.send(bytes);
+    }
+}
+
 impl PartWriter {
     pub fn new(sender: mpsc::Sender<Part>, part_size: usize) -> Self {
+        let (returns, spare) = std::sync::mpsc::channel();
         Self {
             sender,
-            part: Vec::with_capacity(part_size),
+            part: Vec::new(),
+            spare,
+            returns,
             part_size,
             sum: Sha256::new(),
             written: 0,
@@ -56,6 +83,7 @@ impl PartWriter {
             // A full part leaves only when another byte comes, because the last one has to say that it is.
             if self.part.len() == self.part_size {
                 self.send(false)?;
+                self.part = self.spare.try_recv().unwrap_or_default();
             }
             let (now, rest) = bytes.split_at(bytes.len().min(self.part_size - self.part.len()));
             self.part.extend_from_slice(now);
@@ -71,9 +99,10 @@ impl PartWriter {
     }
 
     fn send(&mut self, is_last: bool) -> Result<(), UploadStopped> {
-        let room = if is_last { 0 } else { self.part_size };
-        let part = std::mem::replace(&mut self.part, Vec::with_capacity(room));
-        let bytes = Bytes::from(part);
+        let bytes = Bytes::from_owner(Lent {
+            bytes: std::mem::take(&mut self.part),
+            returns: self.returns.clone(),
+        });
         self.sender
             .blocking_send(Part { bytes, is_last })
             .map_err(|_| UploadStopped)
@@ -114,7 +143,7 @@ mod tests {
 
     #[test]
     fn a_large_tree_has_larger_parts_and_never_too_many() {
-        assert_eq!(part_size(0), 8 << 20);
+        assert_eq!(part_size(0), 5 << 20);
         let huge = 1 << 40;
         let size = part_size(huge) as u64;
         assert!(huge.div_ceil(size) <= MOST, "{size}");

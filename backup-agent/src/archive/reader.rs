@@ -3,7 +3,7 @@
 use std::{
     fs::File,
     io::Write,
-    sync::mpsc::{Receiver, SyncSender, sync_channel},
+    sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel},
     thread,
 };
 
@@ -181,7 +181,7 @@ pub struct Download {
 /// unpacked on a thread for each lane; requests go round the lanes in turn, so the reader finds the frames in order.
 pub struct RawStream {
     layer: Layer,
-    lanes: Vec<Receiver<Unpacked>>,
+    lanes: Vec<Lane>,
     /// Frames still to come from each request, in turn.
     due: std::vec::IntoIter<usize>,
     turn: usize,
@@ -191,6 +191,13 @@ pub struct RawStream {
     start: u64,
     /// Place of the last frame that was not sound.
     broken: Option<(u64, u64)>,
+}
+
+/// The reader's ends of one unpacking thread.
+struct Lane {
+    unpacked: Receiver<Unpacked>,
+    /// Buffers go back here to be filled again.
+    returns: Sender<Vec<u8>>,
 }
 
 /// A frame on its way to the reader: its place in the raw stream, its length there, and its bytes, if it is sound.
@@ -219,15 +226,24 @@ pub fn stream(
     let (mut senders, mut receivers) = (Vec::new(), Vec::new());
     for _ in 0..LANES.min(requests.len()) {
         let (sender, ranges) = mpsc::channel(1);
-        let (unpacked, receiver) = sync_channel(0);
+        let (frames, unpacked) = sync_channel(0);
+        let (returns, spare) = channel();
         let layer = index.layer.clone();
         let decompressor = Decompressor::new().map_err(Error::local("set up", "zstd"))?;
         thread::Builder::new()
             .name("unpacker".to_owned())
-            .spawn(move || unpack(&layer, check, decompressor, ranges, &unpacked))
+            .spawn(move || {
+                let mut unpacker = Unpacker {
+                    layer,
+                    check,
+                    decompressor,
+                    spare,
+                };
+                unpacker.run(ranges, &frames);
+            })
             .map_err(Error::local("start", "a thread that unpacks"))?;
         senders.push(sender);
-        receivers.push(receiver);
+        receivers.push(Lane { unpacked, returns });
     }
     let due: Vec<usize> = requests.iter().map(|r| r.frames.len()).collect();
     let download = Download {
@@ -294,28 +310,45 @@ async fn lane(
 }
 
 /// One lane: ranges in, unpacked frames out, until either end is closed.
-fn unpack(
-    layer: &Layer,
+struct Unpacker {
+    layer: Layer,
     check: Check,
-    mut decompressor: Decompressor<'static>,
-    mut ranges: mpsc::Receiver<(Request, Bytes)>,
-    unpacked: &SyncSender<Unpacked>,
-) {
-    while let Some((request, mut bytes)) = ranges.blocking_recv() {
-        for (start, frame) in request.frames {
-            let stored = bytes.split_to(usize::try_from(frame.stored).unwrap_or(usize::MAX));
-            let bytes = match check {
-                Check::Hash => has_hash(layer, &frame, &stored).map(|()| Vec::new()),
-                Check::Unpack => decode(layer, &mut decompressor, &frame, &stored),
-            };
-            let frame = Unpacked {
-                start,
-                length: frame.raw,
-                bytes,
-            };
-            if unpacked.send(frame).is_err() {
-                return;
+    decompressor: Decompressor<'static>,
+    spare: Receiver<Vec<u8>>,
+}
+
+impl Unpacker {
+    fn run(&mut self, mut ranges: mpsc::Receiver<(Request, Bytes)>, frames: &SyncSender<Unpacked>) {
+        while let Some((request, mut bytes)) = ranges.blocking_recv() {
+            for (start, frame) in request.frames {
+                let stored = bytes.split_to(usize::try_from(frame.stored).unwrap_or(usize::MAX));
+                let unpacked = Unpacked {
+                    start,
+                    length: frame.raw,
+                    bytes: self.unpack(&frame, &stored),
+                };
+                if frames.send(unpacked).is_err() {
+                    return;
+                }
             }
+        }
+    }
+
+    /// A frame's raw bytes, if it is what its row says.
+    fn unpack(&mut self, frame: &Frame, stored: &[u8]) -> Result<Vec<u8>, Error> {
+        has_hash(&self.layer, frame, stored)?;
+        if self.check == Check::Hash {
+            return Ok(Vec::new());
+        }
+        let size = usize::try_from(frame.raw).unwrap_or(usize::MAX);
+        let mut raw = self.spare.try_recv().unwrap_or_default();
+        raw.clear();
+        raw.reserve_exact(size);
+        let unpacked = self.decompressor.decompress_to_buffer(stored, &mut raw);
+        if unpacked.is_ok_and(|length| length == size) {
+            Ok(raw)
+        } else {
+            Err(damaged(&self.layer, "a frame does not unpack to its size"))
         }
     }
 }
@@ -328,22 +361,6 @@ fn has_hash(layer: &Layer, frame: &Frame, stored: &[u8]) -> Result<(), Error> {
     let want = &frame.sha256;
     let reason = format!("expected sha256 {want} of a frame, got {got}");
     Err(damaged(layer, reason))
-}
-
-/// A frame's raw bytes, if it is what its row says.
-fn decode(
-    layer: &Layer,
-    decompressor: &mut Decompressor<'static>,
-    frame: &Frame,
-    stored: &[u8],
-) -> Result<Vec<u8>, Error> {
-    has_hash(layer, frame, stored)?;
-    let raw = usize::try_from(frame.raw).unwrap_or(usize::MAX);
-    decompressor
-        .decompress(stored, raw)
-        .ok()
-        .filter(|bytes| bytes.len() == raw)
-        .ok_or_else(|| damaged(layer, "a frame does not unpack to its size"))
 }
 
 impl RawStream {
@@ -386,10 +403,10 @@ impl RawStream {
             self.turn += 1;
         }
         self.left -= 1;
-        // Free before the next one is taken.
-        self.current = Vec::new();
         let lane = &self.lanes[(self.turn - 1) % self.lanes.len()];
-        let frame = lane.recv().map_err(|_| Halt::Stopped)?;
+        // Back before the next one is taken, to whoever may need it next. It has gone when the lane was at its end.
+        let _ = lane.returns.send(std::mem::take(&mut self.current));
+        let frame = lane.unpacked.recv().map_err(|_| Halt::Stopped)?;
         self.start = frame.start;
         let end = frame.start + frame.length;
         let sound = frame.bytes.map(|bytes| self.current = bytes);

@@ -1,6 +1,7 @@
 //! The verbs. Each takes the settings and the store and gives an answer for people and one for programs.
 
 mod backup;
+mod import;
 mod list;
 mod prune;
 mod restore;
@@ -67,6 +68,7 @@ pub async fn run(config: &Config, store: &Arc<dyn Store>, verb: &Verb) -> Result
         }
         Verb::List => list::run(config, store.as_ref()).await,
         Verb::Prune { dry_run } => prune::run(config, store.as_ref(), *dry_run).await,
+        Verb::Import { .. } => import::run(config, store.as_ref(), config.bound(verb)).await,
     }
 }
 

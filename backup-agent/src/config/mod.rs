@@ -10,7 +10,7 @@ use self::source::Source;
 
 use crate::{
     archive::frames::Effort,
-    cli::{Flags, Verb},
+    cli::{Cli, Verb},
     error::Error,
     log,
     snapshot::retention::Policy,
@@ -71,9 +71,11 @@ impl fmt::Display for Location {
 }
 
 /// Everything the agent was told.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Config {
     pub location: Location,
+    /// Where `import` takes its files from.
+    pub source: Option<Location>,
     pub instance: String,
     pub root: PathBuf,
     pub state: PathBuf,
@@ -94,7 +96,8 @@ pub struct Config {
 
 impl Config {
     /// Reads the settings; `env` is `std::env::var_os` outside of tests.
-    pub fn load(flags: &Flags, env: impl Fn(&str) -> Option<OsString>) -> Result<Self, Error> {
+    pub fn load(cli: &Cli, env: impl Fn(&str) -> Option<OsString>) -> Result<Self, Error> {
+        let flags = &cli.flags;
         let mut source = Source {
             env: &env,
             problems: Vec::new(),
@@ -124,9 +127,14 @@ impl Config {
             .clone()
             .or_else(|| source.text("RUNTIME_STORE"))
             .unwrap_or_else(|| format!("file://{}/store", state.display()));
-        let location = source.location(&store);
+        let location = source.location("RUNTIME_STORE", &store);
+        let from = match &cli.verb {
+            Verb::Import { from } => source.location("--from", from),
+            _ => None,
+        };
         let config = Self {
             location: location.unwrap_or_else(|| Location::Directory(PathBuf::new())),
+            source: from,
             instance,
             root,
             state,
@@ -164,7 +172,9 @@ impl Config {
     pub fn bound(&self, verb: &Verb) -> Duration {
         self.timeout.unwrap_or(match verb {
             Verb::Backup { .. } | Verb::Prune { .. } => self.backup_timeout,
-            Verb::Restore { .. } | Verb::Verify { .. } | Verb::List => self.restore_timeout,
+            Verb::Restore { .. } | Verb::Verify { .. } | Verb::List | Verb::Import { .. } => {
+                self.restore_timeout
+            }
         })
     }
 
@@ -212,7 +222,7 @@ mod tests {
             let pair = env.iter().find(|(known, _)| *known == name);
             pair.map(|(_, value)| OsString::from(*value))
         };
-        Config::load(&cli.flags, found).map_err(|error| match error {
+        Config::load(&cli, found).map_err(|error| match error {
             Error::Settings(problems) => problems,
             other => panic!("settings fail as settings, not with {other}"),
         })

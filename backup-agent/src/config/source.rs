@@ -44,7 +44,11 @@ pub struct Source<'a> {
 
 impl Source<'_> {
     pub fn reject(&mut self, name: &str, reason: impl fmt::Display) {
-        self.problems.push(format!("cannot use {name}: {reason}"));
+        let problem = format!("cannot use {name}: {reason}");
+        // The store and what is imported may share what they lack.
+        if !self.problems.contains(&problem) {
+            self.problems.push(problem);
+        }
     }
 
     /// The variable's text; set to nothing is as good as unset.
@@ -205,20 +209,20 @@ impl Source<'_> {
         }
     }
 
-    pub fn location(&mut self, store: &str) -> Option<Location> {
-        if let Some(path) = store.strip_prefix("file://") {
+    pub fn location(&mut self, name: &str, url: &str) -> Option<Location> {
+        if let Some(path) = url.strip_prefix("file://") {
             if path.starts_with('/') && path.len() > 1 {
                 return Some(Location::Directory(PathBuf::from(path)));
             }
-        } else if let Some(rest) = store.strip_prefix("s3://") {
+        } else if let Some(rest) = url.strip_prefix("s3://") {
             let (bucket, prefix) = rest.split_once('/').unwrap_or((rest, ""));
             if !bucket.is_empty() {
                 return self.s3(bucket, prefix.trim_matches('/'));
             }
         }
         self.reject(
-            "RUNTIME_STORE",
-            format_args!("{store:?} is neither s3://bucket/prefix nor file:///dir"),
+            name,
+            format_args!("{url:?} is neither s3://bucket/prefix nor file:///dir"),
         );
         None
     }

@@ -6,7 +6,7 @@
 use std::{
     fs::{self, DirBuilder, DirEntry, File, OpenOptions},
     io::{self, Read, Seek, SeekFrom, Write},
-    os::unix::fs::{DirBuilderExt, OpenOptionsExt},
+    os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
 };
 
@@ -15,8 +15,8 @@ use jiff::Timestamp;
 use sha2::{Digest, Sha256};
 use tokio::sync::mpsc;
 
-use super::{PROBE, Part, Pending, SMALL_OBJECT, Store, StoreError};
-use crate::snapshot::id;
+use super::{Object, PROBE, Part, Pending, SMALL_OBJECT, Store, StoreError};
+use crate::{log, snapshot::id};
 
 /// Names that begin so are not objects: the lock and files under way.
 const HIDDEN: char = '.';
@@ -151,6 +151,27 @@ impl Store for Directory {
         })
     }
 
+    fn walk<'a>(&'a self, prefix: &'a str) -> Pending<'a, Vec<Object>> {
+        let prefix = prefix.to_owned();
+        self.blocking(move |base, _| {
+            let mut objects = Vec::new();
+            if base.join(&prefix).is_dir() {
+                add_all(base, prefix, &mut objects)?;
+            }
+            Ok(objects)
+        })
+    }
+
+    fn stat<'a>(&'a self, key: &'a str) -> Pending<'a, (String, Option<i64>)> {
+        let key = key.to_owned();
+        self.blocking(move |base, _| {
+            let status = fs::symlink_metadata(base.join(key)).map_err(missing)?;
+            let time = status.mtime().checked_mul(1_000_000_000);
+            let time = time.and_then(|time| time.checked_add(status.mtime_nsec()));
+            Ok((change_tag(&status), time))
+        })
+    }
+
     fn delete<'a>(&'a self, key: &'a str) -> Pending<'a, ()> {
         let key = key.to_owned();
         self.blocking(move |base, _| match fs::remove_file(base.join(key)) {
@@ -201,6 +222,49 @@ fn is_older(entry: &DirEntry, before: Timestamp) -> Result<bool, io::Error> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
         Err(error) => Err(error),
     }
+}
+
+/// Adds everything below a directory whose key is `prefix`; links and devices are left out with a warning.
+fn add_all(base: &Path, prefix: String, objects: &mut Vec<Object>) -> Result<(), StoreError> {
+    for entry in fs::read_dir(base.join(&prefix))? {
+        let entry = entry?;
+        let Ok(name) = entry.file_name().into_string() else {
+            return Err(StoreError::Protocol("a file's name is not UTF-8"));
+        };
+        let status = entry.metadata()?;
+        let key = format!("{prefix}{name}");
+        if status.is_dir() {
+            add_all(base, format!("{key}/"), objects)?;
+        } else if status.is_file() {
+            objects.push(Object {
+                key,
+                size: status.len(),
+                tag: change_tag(&status),
+            });
+        } else {
+            let reason = "it is neither a file nor a directory".into();
+            log::warn(
+                "entry left out",
+                &[("path", key.into()), ("reason", reason)],
+            );
+        }
+    }
+    objects.push(Object {
+        key: prefix,
+        size: 0,
+        tag: String::new(),
+    });
+    Ok(())
+}
+
+/// What changes with a file's content, without reading it.
+fn change_tag(status: &fs::Metadata) -> String {
+    format!(
+        "{}-{}-{}",
+        status.ino(),
+        status.ctime(),
+        status.ctime_nsec()
+    )
 }
 
 fn missing(error: io::Error) -> StoreError {

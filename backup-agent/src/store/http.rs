@@ -4,7 +4,10 @@
 use std::time::Duration;
 
 use http_body_util::{BodyExt, Full};
-use hyper::{HeaderMap, Method, Request, StatusCode, Uri, body::Bytes};
+use hyper::{
+    HeaderMap, Method, Request, StatusCode, Uri,
+    body::{Body, Bytes},
+};
 use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
 use hyper_util::{
     client::legacy::{Client, connect::HttpConnector},
@@ -86,7 +89,8 @@ impl Http {
             .map_err(|_| stalled(patience))?
             .map_err(|error| transport(innermost(&error)))?;
         let (parts, mut incoming) = response.into_parts();
-        let mut body = Vec::new();
+        let expected = usize::try_from(incoming.size_hint().lower()).unwrap_or(limit);
+        let mut body = Vec::with_capacity(expected.min(limit));
         loop {
             let frame = timeout(STALL, incoming.frame())
                 .await

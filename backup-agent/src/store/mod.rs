@@ -36,6 +36,16 @@ pub const SMALL_OBJECT: usize = 1 << 20;
 /// Keys that begin so are objects of [`check_conditions`], removed at its end unless it is killed.
 const PROBE: &str = "probe-";
 
+/// An object that another tool wrote.
+#[derive(Debug)]
+pub struct Object {
+    /// A directory's ends in `/`.
+    pub key: String,
+    pub size: u64,
+    /// Another one when the content changes.
+    pub tag: String,
+}
+
 /// A place that keeps objects.
 pub trait Store {
     /// A small object whole, and its entity tag.
@@ -58,6 +68,12 @@ pub trait Store {
 
     /// Every key that begins with `prefix`, which is empty or ends in `/`.
     fn list<'a>(&'a self, prefix: &'a str) -> Pending<'a, Vec<String>>;
+
+    /// Every object that another tool wrote below `prefix`, which ends in `/`, however deep.
+    fn walk<'a>(&'a self, prefix: &'a str) -> Pending<'a, Vec<Object>>;
+
+    /// Tag, as [`Store::walk`] has it, and modification time in nanoseconds of what another tool wrote.
+    fn stat<'a>(&'a self, key: &'a str) -> Pending<'a, (String, Option<i64>)>;
 
     /// Removes an object; one that is not there is removed already.
     fn delete<'a>(&'a self, key: &'a str) -> Pending<'a, ()>;
@@ -103,7 +119,7 @@ fn advice(status: u16) -> &'static str {
     match status {
         300..=399 => "; check RUNTIME_S3_ENDPOINT and RUNTIME_S3_REGION",
         401 | 403 => "; check the S3 credentials, what they may do, and this machine's clock",
-        404 => "; check the bucket in RUNTIME_STORE",
+        404 => "; check the bucket's name",
         _ => "",
     }
 }
@@ -128,12 +144,20 @@ impl StoreError {
 
 /// Opens the configured store. `bound`: what is left of the whole operation's time.
 pub fn open(config: &Config, bound: Duration) -> Result<Arc<dyn Store>, Error> {
-    Ok(match &config.location {
+    open_at(&config.location, &format!("{}/", config.instance), bound)
+}
+
+/// Opens what is at `folder` of a location: empty, or ends in `/`.
+pub fn open_at(
+    location: &Location,
+    folder: &str,
+    bound: Duration,
+) -> Result<Arc<dyn Store>, Error> {
+    Ok(match location {
         Location::Directory(path) => Arc::new(
-            dir::Directory::new(path.join(&config.instance))
-                .map_err(Error::local("read", "random bytes"))?,
+            dir::Directory::new(path.join(folder)).map_err(Error::local("read", "random bytes"))?,
         ),
-        Location::S3(bucket) => Arc::new(s3::S3::new(bucket, &config.instance, bound)?),
+        Location::S3(bucket) => Arc::new(s3::S3::new(bucket, folder, bound)?),
     })
 }
 

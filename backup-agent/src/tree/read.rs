@@ -15,8 +15,8 @@ use crate::{
     snapshot::id::hex,
 };
 
-/// Bytes that are read at once.
-const CHUNK: usize = 256 << 10;
+/// Bytes that are read at once. More would be memory that the allocator gets from the kernel, and zeroed, for every file.
+const CHUNK: usize = 64 << 10;
 /// Runs of data that are told apart in one file; what comes after is stored with its holes filled. A database has few
 /// holes, and a file made to have millions must not cost memory.
 const MOST_SEGMENTS: usize = 16_384;
@@ -26,7 +26,6 @@ pub struct Content {
     file: File,
     status: FileStat,
     segments: Vec<(u64, u64)>,
-    buffer: Vec<u8>,
 }
 
 /// Opens a regular file without following a link or waiting for the other end of a fifo. `None` if it is none (any more).
@@ -51,7 +50,6 @@ pub fn open(parent: impl AsFd, name: &CStr) -> Result<Option<Content>, Errno> {
         file,
         status,
         segments,
-        buffer: Vec::new(),
     }))
 }
 
@@ -81,16 +79,18 @@ impl Content {
     /// is filled with zeros, because its header is written already. What the disk cannot give is not made up: it goes to
     /// `failed`.
     pub fn read<E>(
-        &mut self,
+        &self,
         failed: impl FnOnce(io::Error) -> E,
         mut each: impl FnMut(&[u8]) -> Result<(), E>,
     ) -> Result<(), E> {
-        self.buffer.resize(CHUNK, 0);
+        let largest = self.segments.iter().map(|(_, length)| *length).max();
+        let largest = usize::try_from(largest.unwrap_or(0)).unwrap_or(CHUNK);
+        let mut buffer = vec![0; largest.min(CHUNK)];
         for &(start, length) in &self.segments {
             let (mut at, end) = (start, start + length);
             while at < end {
                 let want = usize::try_from(end - at).unwrap_or(CHUNK).min(CHUNK);
-                let buffer = &mut self.buffer[..want];
+                let buffer = &mut buffer[..want];
                 let got = match self.file.read_at(buffer, at) {
                     Ok(0) => {
                         buffer.fill(0);
@@ -227,7 +227,6 @@ mod tests {
             file,
             status,
             segments: vec![(0, 5)],
-            buffer: Vec::new(),
         }
     }
 

@@ -66,6 +66,11 @@ impl Staging {
         Ok(Self { path, fd })
     }
 
+    /// Where the directory is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// A descriptor of the directory.
     pub fn fd(&self) -> Result<OwnedFd, Error> {
         self.fd

@@ -17,11 +17,17 @@ use rusty_s3::{
 use tokio::{sync::mpsc, task::JoinSet};
 
 use self::remote::{ANSWER, EXPIRY, Remote, deadline, entity_tag, header_value, whole_size};
-use super::{PROBE, Part, Pending, SMALL_OBJECT, Store, StoreError, http::Http, retry::retry};
+use super::{
+    Object, PROBE, Part, Pending, SMALL_OBJECT, Store, StoreError, http::Http, retry::retry,
+};
 use crate::{config, error::Error, snapshot::id};
 
-/// Parts of one upload that are on their way at once. Two keep the line busy while the next part is compressed.
-const IN_FLIGHT: usize = 2;
+/// Bytes of one upload that are on their way at once, in one part at least. Two parts keep the line busy while the next
+/// one is compressed; those of huge trees are larger and keep it busy alone.
+const IN_FLIGHT: usize = 12 << 20;
+/// Where the tools that copy files to S3 keep a file's time (rclone, s3fs): seconds since 1970, with or without a fraction.
+const MTIME: &str = "x-amz-meta-mtime";
+
 /// Objects below one prefix of a bucket.
 pub struct S3 {
     remote: Arc<Remote>,
@@ -31,8 +37,8 @@ pub struct S3 {
 }
 
 impl S3 {
-    /// A store below `<prefix>/<instance>/`; nothing is requested yet.
-    pub fn new(place: &config::Bucket, instance: &str, bound: Duration) -> Result<Self, Error> {
+    /// A store below `<prefix>/<folder>`; nothing is requested yet.
+    pub fn new(place: &config::Bucket, folder: &str, bound: Duration) -> Result<Self, Error> {
         let style = if place.is_virtual_host {
             UrlStyle::VirtualHost
         } else {
@@ -54,7 +60,7 @@ impl S3 {
                 // The clock of the operation starts with the store, give or take a millisecond.
                 deadline: deadline(bound),
             }),
-            prefix: format!("{}{instance}/", place.prefix),
+            prefix: format!("{}{folder}", place.prefix),
             open: Mutex::default(),
         })
     }
@@ -69,8 +75,8 @@ impl S3 {
         }
     }
 
-    /// Keys that begin so, each with the service's word on when it was last written.
-    async fn objects(&self, prefix: &str) -> Result<Vec<(String, Option<Timestamp>)>, StoreError> {
+    /// Objects whose keys begin so, each with the service's word on when it was last written.
+    async fn objects(&self, prefix: &str) -> Result<Vec<(Object, Option<Timestamp>)>, StoreError> {
         let full = self.object(prefix);
         let mut objects = Vec::new();
         let mut token: Option<String> = None;
@@ -88,13 +94,20 @@ impl S3 {
                 .remote
                 .send_and(Method::GET, action, Bytes::new(), ANSWER, |answer| {
                     let text = std::str::from_utf8(&answer.body).ok()?;
-                    ListObjectsV2::parse_response(text).ok()
+                    let page = ListObjectsV2::parse_response(text).ok()?;
+                    let is_whole = page.contents.iter().all(|object| object.size.is_some());
+                    is_whole.then_some(page)
                 })
                 .await?;
             for object in page.contents {
                 if let Some(key) = object.key.strip_prefix(&self.prefix) {
                     let modified = object.last_modified.as_deref().and_then(id::time);
-                    objects.push((key.to_owned(), modified));
+                    let found = Object {
+                        key: key.to_owned(),
+                        size: object.size.unwrap_or_default(),
+                        tag: object.etag.unwrap_or_default(),
+                    };
+                    objects.push((found, modified));
                 }
             }
             match page.next_continuation_token {
@@ -117,6 +130,7 @@ impl S3 {
         }
         let mut tags: Vec<Option<String>> = Vec::new();
         let mut flying: JoinSet<Result<(usize, String), StoreError>> = JoinSet::new();
+        let at_once = (IN_FLIGHT / first.bytes.len().max(1)).max(1);
         let mut next = Some(first);
         while let Some(part) = next.take() {
             let number = tags.len();
@@ -126,16 +140,16 @@ impl S3 {
                 let tag = remote.put_part(&object, &id, number, part.bytes).await?;
                 Ok((number, tag))
             });
-            if !part.is_last {
-                next = Some(parts.recv().await.ok_or(StoreError::Abandoned)?);
-            }
             // At the end all must land; before it, one place must be free.
-            while flying.len() >= if part.is_last { 1 } else { IN_FLIGHT } {
+            while flying.len() >= if part.is_last { 1 } else { at_once } {
                 let landed = flying.join_next().await;
                 let (number, tag) = landed
                     .ok_or(StoreError::Protocol("a part was lost"))?
                     .map_err(|_| StoreError::Protocol("a part ended without a result"))??;
                 tags[number] = Some(tag);
+            }
+            if !part.is_last {
+                next = Some(parts.recv().await.ok_or(StoreError::Abandoned)?);
             }
         }
         let tags: Vec<String> = tags.into_iter().flatten().collect();
@@ -240,7 +254,35 @@ impl Store for S3 {
     fn list<'a>(&'a self, prefix: &'a str) -> Pending<'a, Vec<String>> {
         Box::pin(async move {
             let objects = self.objects(prefix).await?;
-            Ok(objects.into_iter().map(|(key, _)| key).collect())
+            Ok(objects.into_iter().map(|(object, _)| object.key).collect())
+        })
+    }
+
+    fn walk<'a>(&'a self, prefix: &'a str) -> Pending<'a, Vec<Object>> {
+        Box::pin(async move {
+            let objects = self.objects(prefix).await?;
+            Ok(objects.into_iter().map(|(object, _)| object).collect())
+        })
+    }
+
+    fn stat<'a>(&'a self, key: &'a str) -> Pending<'a, (String, Option<i64>)> {
+        Box::pin(async move {
+            let object = self.object(key);
+            let action = |remote: &Remote| {
+                let head = remote
+                    .bucket
+                    .head_object(Some(&remote.credentials), &object);
+                (head.sign(EXPIRY), HeaderMap::new())
+            };
+            let (answer, ()) = self
+                .remote
+                .send(Method::HEAD, action, Bytes::new(), ANSWER)
+                .await?;
+            let time = answer
+                .headers
+                .get(MTIME)
+                .and_then(|time| time.to_str().ok());
+            Ok((entity_tag(&answer)?, time.and_then(parse_time)))
         })
     }
 
@@ -267,9 +309,9 @@ impl Store for S3 {
     fn sweep(&self, before: Timestamp) -> Pending<'_, u64> {
         Box::pin(async move {
             let mut removed = 0;
-            for (key, modified) in self.objects(PROBE).await? {
+            for (object, modified) in self.objects(PROBE).await? {
                 if modified.is_some_and(|time| time < before) {
-                    self.delete(&key).await?;
+                    self.delete(&object.key).await?;
                     removed += 1;
                 }
             }
@@ -296,5 +338,34 @@ impl Store for S3 {
             }
             Ok(())
         })
+    }
+}
+
+/// A time of [`MTIME`] in nanoseconds.
+fn parse_time(text: &str) -> Option<i64> {
+    let (seconds, fraction) = text.split_once('.').unwrap_or((text, ""));
+    let nanos = format!("{fraction:0<9}").get(..9)?.parse::<u32>().ok()?;
+    let seconds = seconds.parse::<i64>().ok()?;
+    seconds
+        .checked_mul(1_000_000_000)?
+        .checked_add(i64::from(nanos))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_of_files_may_have_a_fraction() {
+        for (text, want) in [
+            ("1700000000.123456789", Some(1_700_000_000_123_456_789)),
+            ("1700000000.5", Some(1_700_000_000_500_000_000)),
+            ("1700000000", Some(1_700_000_000_000_000_000)),
+            ("yesterday", None),
+            ("1.x", None),
+            ("99999999999999", None),
+        ] {
+            assert_eq!(parse_time(text), want, "{text}");
+        }
     }
 }
