@@ -57,9 +57,10 @@ release: ## Build both static binaries into dist/ and print their sizes
 	@rustup target list --installed | grep -qx $(TARGET) || rustup target add $(TARGET)
 	@mkdir -p dist
 	@# One at a time: built together, each would get the features that only the other's dependencies want.
-	@for binary in supervisor backup-agent; do \
-	    cargo build --locked --release --target $(TARGET) -p $$binary; \
-	    install "$${CARGO_TARGET_DIR:-target}/$(TARGET)/release/$$binary" dist/; \
+	@for pair in supervisor:release backup-agent:agent; do \
+	    binary=$${pair%:*} profile=$${pair#*:}; \
+	    cargo build --locked --profile $$profile --target $(TARGET) -p $$binary; \
+	    install "$${CARGO_TARGET_DIR:-target}/$(TARGET)/$$profile/$$binary" dist/; \
 	done
 	@stat -c '%s %n' dist/supervisor dist/backup-agent | awk '{ printf "%-18s %8d bytes  %.2f MiB\n", $$2, $$1, $$1 / 1048576 }'
 
