@@ -15,3 +15,4 @@ pub mod signature;
 pub mod supervisor;
 pub mod tree;
 pub mod wait;
+pub mod workspace;
