@@ -6,6 +6,7 @@
 pub mod agent;
 pub mod binaries;
 pub mod device;
+pub mod edge;
 pub mod golden;
 pub mod http;
 pub mod moto;
