@@ -43,6 +43,8 @@ test: $(WORKER) ## Run all tests: the real binaries, the real gateway, a real S3
 lint: $(DENY) $(WORKER) ## Check format, clippy, types, shell scripts, and dependencies (bans, licences, sources)
 	cargo fmt --all --check
 	cargo clippy --locked --workspace --all-targets -- -D warnings
+	@# `--all-targets` leaves out what a plain `cargo test` does not run.
+	cargo clippy --locked -p e2e --test edge -- -D warnings
 	$(call need,command -v shellcheck,shellcheck)
 	shellcheck gateway/*.sh tests/*.sh worker/*.sh .ci/run
 	@export $(WORKER_ENV); set -x; tsc --noEmit -p worker
@@ -69,8 +71,9 @@ bench: release ## Measure the released binaries with a real gateway; prints a ta
 image: release ## Build the container image from dist/ and gateway/
 	docker build -t $(IMAGE) .
 
-e2e: image ## Test the container image; needs a Docker engine
-	@exec tests/image.sh $(IMAGE)
+e2e: image worker ## Test the image, and the whole way from the Worker through it to a store; needs a Docker engine
+	$(call need,python3 -c 'import ensurepip',python3-venv)
+	@exec tests/e2e.sh $(IMAGE)
 
 worker: $(WORKER) ## Bundle the Worker into dist/worker/ and print its size, which must be under 3 KiB
 	@export $(WORKER_ENV); wrangler deploy --dry-run --containers-rollout=none --outdir dist/worker >/dev/null
