@@ -95,6 +95,7 @@ impl Drop for Variant {
 }
 
 /// Where snapshots go: a bucket on a server that containers can reach.
+#[derive(Clone)]
 pub struct Store {
     pub moto: Arc<Moto>,
     pub bucket: String,

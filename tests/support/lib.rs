@@ -14,6 +14,7 @@ pub mod openclaw;
 pub mod s3;
 pub mod signature;
 pub mod supervisor;
+pub mod table;
 pub mod tree;
 pub mod wait;
 pub mod workspace;
