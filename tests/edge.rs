@@ -7,7 +7,7 @@ use std::thread;
 
 use e2e::device::{Device, Welcome};
 use e2e::edge::{Edge, GATEWAY_TOKEN, Store, TOKEN, Variant, docker};
-use e2e::wait::until;
+use e2e::wait::{slowly_until, until};
 use serde_json::{Value, json};
 
 type Outcome<T = ()> = Result<T, Box<dyn Error>>;
@@ -106,7 +106,7 @@ fn device_and_files_survive_a_sleep() -> Outcome {
     let after = edge.shell(&make("after.bin"));
 
     // From here on nobody asks anything.
-    until("the container's sleep", || !is_running(&container));
+    slowly_until("the container's sleep", || !is_running(&container));
     assert_ne!(
         store.head(),
         backup["snapshot"],
@@ -209,7 +209,7 @@ fn new_object_goes_on_with_the_running_container() {
     assert_eq!(edge.container(), container);
     // It sees to what follows its end, too, and needs no request for that.
     edge.signal("KILL");
-    until("another container", || {
+    slowly_until("another container", || {
         let containers = edge.containers();
         containers.len() == 1 && containers[0] != container
     });

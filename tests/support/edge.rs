@@ -18,7 +18,7 @@ use tempfile::TempDir;
 use crate::http::{self, Response};
 use crate::moto::Moto;
 use crate::openclaw::repository;
-use crate::wait::until_some;
+use crate::wait::{slowly_until_some, until_some};
 
 pub const TOKEN: &str = "edge-token-0123456789abcdefghijkl";
 pub const GATEWAY_TOKEN: &str = "gateway-token-0123456789abcdefghij";
@@ -145,6 +145,8 @@ impl Default for Store {
 /// A Worker in front of one object with one container.
 pub struct Edge {
     pub address: SocketAddr,
+    /// Held, because the server ends with the last who does.
+    _store: Store,
     folder: TempDir,
     /// Part of the name of everything that workerd starts.
     key: String,
@@ -179,6 +181,7 @@ impl Edge {
         let (workerd, address) = serve(folder.path());
         Self {
             address,
+            _store: store.clone(),
             folder,
             key,
             workerd,
@@ -225,18 +228,21 @@ impl Edge {
         self.data("GET", "/v1/status")
     }
 
+    /// The status, if it can be had and is as wanted.
+    fn status_if(&self, is_so: impl Fn(&Value) -> bool) -> Option<Value> {
+        let mut answer = self.request("GET", "/v1/status");
+        let data = answer.body["data"].take();
+        (answer.status == 200 && is_so(&data)).then_some(data)
+    }
+
     /// Waits until the status is as wanted, through whatever comes before, and returns it.
     pub fn until(&self, what: &str, is_so: impl Fn(&Value) -> bool) -> Value {
-        until_some(what, || {
-            let mut answer = self.request("GET", "/v1/status");
-            let data = answer.body["data"].take();
-            (answer.status == 200 && is_so(&data)).then_some(data)
-        })
+        until_some(what, || self.status_if(&is_so))
     }
 
     pub fn until_gateway(&self, wanted: &str) -> Value {
-        self.until(&format!("a gateway that is {wanted}"), |status| {
-            status["gateway"]["status"] == wanted
+        slowly_until_some(&format!("a gateway that is {wanted}"), || {
+            self.status_if(|status| status["gateway"]["status"] == wanted)
         })
     }
 
