@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help run test lint advisories release bench image e2e worker deploy clean
+.PHONY: help run test lint advisories release bench bench-edge image e2e worker deploy clean
 
 # Static binaries: they run in any image. On another machine's architecture this needs a cross compiler for C.
 TARGET ?= $(patsubst arm64,aarch64,$(shell uname -m))-unknown-linux-musl
@@ -30,7 +30,7 @@ define need
 endef
 
 help: ## List these targets
-	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "make %-12s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-12s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 run: release ## Build, then run the runtime with a real OpenClaw gateway on this machine (state in .runtime/)
 	@exec gateway/run.sh
@@ -43,6 +43,8 @@ test: $(WORKER) ## Run all tests: the real binaries, the real gateway, a real S3
 lint: $(DENY) $(WORKER) ## Check format, clippy, types, shell scripts, and dependencies (bans, licences, sources)
 	cargo fmt --all --check
 	cargo clippy --locked --workspace --all-targets -- -D warnings
+	@# `--all-targets` leaves out what a plain `cargo test` does not run.
+	cargo clippy --locked -p e2e --test edge -- -D warnings
 	$(call need,command -v shellcheck,shellcheck)
 	shellcheck gateway/*.sh tests/*.sh worker/*.sh .ci/run
 	@export $(WORKER_ENV); set -x; tsc --noEmit -p worker
@@ -67,11 +69,16 @@ release: ## Build both static binaries into dist/ and print their sizes
 bench: release ## Measure the released binaries with a real gateway; prints a table
 	@E2E_BIN_DIR="$$PWD/dist" cargo bench --locked -p e2e --bench runtime
 
+bench-edge: image worker ## Measure the edge with a container of the image; prints a table; needs a Docker engine
+	$(call need,python3 -c 'import ensurepip',python3-venv)
+	@E2E_MOTO_SERVER=$$(tests/install-s3.sh) E2E_IMAGE=$(IMAGE) cargo bench --locked -p e2e --bench edge
+
 image: release ## Build the container image from dist/ and gateway/
 	docker build -t $(IMAGE) .
 
-e2e: image ## Test the container image; needs a Docker engine
-	@exec tests/image.sh $(IMAGE)
+e2e: image worker ## Test the image, and the whole way from the Worker through it to a store; needs a Docker engine
+	$(call need,python3 -c 'import ensurepip',python3-venv)
+	@exec tests/e2e.sh $(IMAGE)
 
 worker: $(WORKER) ## Bundle the Worker into dist/worker/ and print its size, which must be under 3 KiB
 	@export $(WORKER_ENV); wrangler deploy --dry-run --containers-rollout=none --outdir dist/worker >/dev/null

@@ -19,7 +19,5 @@ cargo test --locked --workspace --no-fail-fast 2>&1 | tee "$log" || status=$?
 (cd worker && PATH="$gateway/bin:$PATH" CI=1 NO_COLOR=1 WRANGLER_SEND_METRICS=false node_modules/.bin/vitest run) 2>&1 |
     sed '/Application called abortAllDurableObjects/,/^stack:/d' | tee -a "$log" || status=$?
 
-awk '/^test result: / { passed += $4; failed += $6 }
-    $1 == "Tests" { for (i = 2; i < NF; i++) { if ($(i + 1) ~ /^passed/) passed += $i; if ($(i + 1) ~ /^failed/) failed += $i } }
-    END { printf "%d passed, %d failed\n", passed, failed }' "$log"
+tests/totals.sh "$log"
 exit "$status"

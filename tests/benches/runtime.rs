@@ -12,6 +12,7 @@ use e2e::binaries::binary;
 use e2e::http;
 use e2e::openclaw::{OpenClaw, prepare_script, require_approval};
 use e2e::supervisor::{Setup, Supervisor, TOKEN, place};
+use e2e::table::{figure, head, milliseconds, row};
 use nix::sys::resource::{UsageWho, getrusage};
 use nix::time::{ClockId, clock_gettime};
 
@@ -30,10 +31,10 @@ fn main() -> Outcome {
     {
         return measure(program, rest);
     }
-    println!("| what | median | least | most |\n| --- | --- | --- | --- |");
+    head();
     for name in ["supervisor", "backup-agent"] {
         let size = fs::metadata(binary(name))?.len();
-        println!("| size of {name}, bytes | {size} | | |");
+        figure(&format!("size of {name}, bytes"), size);
     }
     starts()?;
     real_gateway()
@@ -69,20 +70,6 @@ fn agent(disk: &Path, arguments: &[&str]) -> Outcome<(f64, f64)> {
     let text = String::from_utf8(output.stdout)?;
     let (took, memory) = text.trim().split_once(' ').ok_or("the agent failed")?;
     Ok((took.parse()?, memory.parse()?))
-}
-
-fn row(what: &str, mut values: Vec<f64>) -> Outcome {
-    values.sort_by(f64::total_cmp);
-    let (Some(least), Some(most)) = (values.first(), values.last()) else {
-        return Err(format!("nothing was measured of {what}").into());
-    };
-    let median = values[values.len() / 2];
-    println!("| {what} | {median:.1} | {least:.1} | {most:.1} |");
-    Ok(())
-}
-
-fn milliseconds(time: Duration) -> f64 {
-    time.as_secs_f64() * 1000.0
 }
 
 /// From exec of the supervisor to its first answer, and to the first instruction of its gateway (the fake one).

@@ -6,6 +6,7 @@
 pub mod agent;
 pub mod binaries;
 pub mod device;
+pub mod edge;
 pub mod golden;
 pub mod http;
 pub mod machine;
@@ -16,5 +17,7 @@ pub mod rclone;
 pub mod s3;
 pub mod signature;
 pub mod supervisor;
+pub mod table;
 pub mod tree;
 pub mod wait;
+pub mod workspace;

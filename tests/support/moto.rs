@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io::{Read as _, Write as _};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex, Weak};
 
@@ -17,25 +17,35 @@ pub struct Moto {
 impl Moto {
     /// The server that the tests of this program share. It lives for as long as one of them holds it.
     pub fn shared() -> Arc<Self> {
+        Self::shared_on(Ipv4Addr::LOCALHOST)
+    }
+
+    /// Likewise, on another address of this machine; the first test decides on which.
+    pub fn shared_on(address: Ipv4Addr) -> Arc<Self> {
         static SHARED: Mutex<Weak<Moto>> = Mutex::new(Weak::new());
         let mut shared = SHARED
             .lock()
             .unwrap_or_else(std::sync::PoisonError::into_inner);
         shared.upgrade().unwrap_or_else(|| {
-            let moto = Arc::new(Self::start());
+            let moto = Arc::new(Self::start(address));
             *shared = Arc::downgrade(&moto);
             moto
         })
     }
 
-    fn start() -> Self {
+    fn start(address: Ipv4Addr) -> Self {
         let program = std::env::var_os("E2E_MOTO_SERVER")
             .expect("E2E_MOTO_SERVER is not set; run the tests with `make test`, which installs the S3 server and sets it");
-        let address = TcpListener::bind("127.0.0.1:0")
+        let address = TcpListener::bind((address, 0))
             .and_then(|listener| listener.local_addr())
             .expect("there is a free port");
         let child = Command::new(&program)
-            .args(["-H", "127.0.0.1", "-p", &address.port().to_string()])
+            .args([
+                "-H",
+                &address.ip().to_string(),
+                "-p",
+                &address.port().to_string(),
+            ])
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::null())
@@ -53,6 +63,12 @@ impl Moto {
 
     /// Every object of a bucket.
     pub fn objects(&self, bucket: &str) -> BTreeMap<String, Vec<u8>> {
+        let keys = self.keys(bucket).into_iter();
+        keys.map(|key| (key.clone(), self.get(bucket, &key)))
+            .collect()
+    }
+
+    pub fn keys(&self, bucket: &str) -> Vec<String> {
         let (status, page) = self.request("GET", &format!("/{bucket}?list-type=2"), b"");
         assert_eq!(status, 200, "moto lists a bucket");
         let page = String::from_utf8(page).expect("XML is UTF-8");
@@ -60,12 +76,13 @@ impl Moto {
             .split("<Key>")
             .skip(1)
             .filter_map(|rest| rest.split_once("</Key>"));
-        let read = |key: &str| {
-            let (status, bytes) = self.request("GET", &format!("/{bucket}/{key}"), b"");
-            assert_eq!(status, 200, "moto gives {key}");
-            bytes
-        };
-        keys.map(|(key, _)| (key.to_owned(), read(key))).collect()
+        keys.map(|(key, _)| key.to_owned()).collect()
+    }
+
+    pub fn get(&self, bucket: &str, key: &str) -> Vec<u8> {
+        let (status, bytes) = self.request("GET", &format!("/{bucket}/{key}"), b"");
+        assert_eq!(status, 200, "moto gives {key}");
+        bytes
     }
 
     pub fn put(&self, bucket: &str, key: &str, bytes: &[u8]) {

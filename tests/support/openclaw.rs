@@ -93,7 +93,7 @@ pub fn prepare_script() -> PathBuf {
 }
 
 /// The clone that these tests were built in.
-fn repository() -> &'static Path {
+pub fn repository() -> &'static Path {
     let tests = Path::new(env!("CARGO_MANIFEST_DIR"));
     tests.parent().unwrap_or(tests)
 }
