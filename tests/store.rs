@@ -98,7 +98,7 @@ fn a_large_backup_goes_up_in_equal_parts_and_comes_back() {
     let requests = place.s3().take_requests();
     let counts =
         [Kind::Create, Kind::Part, Kind::Complete, Kind::Abort].map(|kind| count(&requests, kind));
-    assert_eq!(counts, [1, 3, 1, 0]);
+    assert_eq!(counts, [1, 5, 1, 0]);
     assert_eq!(place.s3().open_uploads(), 0);
     host.lose_everything();
     let _ = host.run(&["restore"]).expect(0);
@@ -110,7 +110,7 @@ fn a_large_backup_goes_up_in_equal_parts_and_comes_back() {
 fn a_layer_of_exactly_one_part_needs_no_multipart() {
     let place = Place::memory();
     let host = Host::new(&place);
-    tree::write(&host.root, "noise", tree::noise(1, 7 << 20));
+    tree::write(&host.root, "noise", tree::noise(1, 4 << 20));
     host.backup();
     let requests = place.s3().take_requests();
     assert_eq!(count(&requests, Kind::Create), 0);

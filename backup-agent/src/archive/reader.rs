@@ -233,13 +233,13 @@ pub fn stream(
         thread::Builder::new()
             .name("unpacker".to_owned())
             .spawn(move || {
-                let mut unpacker = Unpacker {
+                let mut lane = Unpacker {
                     layer,
                     check,
                     decompressor,
                     spare,
                 };
-                unpacker.run(ranges, &frames);
+                lane.run(ranges, &frames);
             })
             .map_err(Error::local("start", "a thread that unpacks"))?;
         senders.push(sender);

@@ -95,7 +95,9 @@ pub async fn run(config: &Config, store: &dyn Store, fork: bool) -> Result<Answe
         {
             // The index was lost, and nothing else.
             let described = describe(&record::read(store, &base.snapshot).await?);
-            seen.map(|seen| state.facts.hold(seen));
+            if let Some(seen) = seen {
+                state.facts.hold(seen);
+            }
             state.remember_tree(&config.root, Some(described.clone()))?;
             return Ok(answer(&described, None, begun));
         }
