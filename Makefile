@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help run test lint advisories release bench image e2e worker deploy clean
+.PHONY: help run test lint advisories release bench bench-backup image e2e worker deploy clean
 
 # Static binaries: they run in any image. On another machine's architecture this needs a cross compiler for C.
 TARGET ?= $(patsubst arm64,aarch64,$(shell uname -m))-unknown-linux-musl
@@ -30,7 +30,7 @@ define need
 endef
 
 help: ## List these targets
-	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "make %-12s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-12s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 run: release ## Build, then run the runtime with a real OpenClaw gateway on this machine (state in .runtime/)
 	@exec gateway/run.sh
@@ -65,6 +65,9 @@ release: ## Build both static binaries into dist/ and print their sizes
 
 bench: release ## Measure the released binaries with a real gateway; prints a table
 	@E2E_BIN_DIR="$$PWD/dist" cargo bench --locked -p e2e --bench runtime
+
+bench-backup: release ## Measure backup and restore beside the peers in PATH; writes docs/benchmarks/backup.md
+	@E2E_BIN_DIR="$$PWD/dist" cargo bench --locked -p e2e --bench backup
 
 image: release ## Build the container image from dist/ and gateway/
 	docker build -t $(IMAGE) .
