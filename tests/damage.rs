@@ -20,6 +20,8 @@ fn host(place: &Place) -> (Host, String, Tree) {
     tree::write(&host.root, "noise", tree::noise(3, 5 << 20));
     tree::write(&host.root, "directory/file", "file");
     let snapshot = host.backup();
+    // Nothing of the snapshot is right on the disk any more: all of it has to come from the store.
+    tree::write(&host.root, "noise", tree::noise(4, 5 << 20));
     tree::write(&host.root, "directory/file", "changed since");
     let before = describe(&host.root);
     (host, snapshot, before)

@@ -94,6 +94,13 @@ fn a_kill_after_the_head_moved_does_not_fence_the_writer() {
     let place = Place::memory();
     let (host, snapshot) = host(&place);
     kill_once_the_head_moved(&place, &host, &snapshot);
+    place.s3().clear_faults();
+    let again = host.json(&["backup"]);
+    assert_eq!(
+        (&again["unchanged"], &again["snapshot"]),
+        (&true.into(), &place.head()["snapshot"])
+    );
+    tree::write(&host.root, "since", "written after that");
     assert_next_backup_works(&place, &host);
     assert_eq!(place.head()["sequence"], 3);
 }

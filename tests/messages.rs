@@ -214,6 +214,8 @@ fn damage(book: &mut Book) {
         10,
     );
     fs::remove_dir_all(&host.state).expect("it is there");
+    // What is right on the disk would not be read from the store.
+    fs::remove_file(host.root.join("file")).expect("it is there");
 
     let layer = place.keys("layers/").remove(0);
     let sound = place.objects();

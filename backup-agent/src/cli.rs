@@ -31,6 +31,9 @@ pub enum Verb {
         /// Unpack into this new or empty directory instead of replacing the root
         #[arg(long, value_name = "DIR")]
         target: Option<PathBuf>,
+        /// Only what matches, with everything below; gitignore-style, can be given again
+        #[arg(long = "path", value_name = "PATTERN", requires = "target")]
+        paths: Vec<String>,
     },
     /// Show the snapshots of this instance, newest first
     List,
@@ -51,6 +54,12 @@ pub struct Flags {
     /// Working files: index of the last snapshot, lock
     #[arg(long, global = true, value_name = "DIR")]
     pub state: Option<String>,
+    /// zstd's level: less is faster, more is smaller
+    #[arg(long, global = true, value_name = "LEVEL", default_value_t = 3, value_parser = clap::value_parser!(i32).range(1..=19))]
+    pub level: i32,
+    /// Threads that compress; each takes about 12 MiB of memory [default: one for each processor, at most 2]
+    #[arg(long, global = true, value_name = "COUNT", value_parser = clap::value_parser!(u8).range(1..=64))]
+    pub jobs: Option<u8>,
     /// Hard bound of the whole command, such as 30s, 5m
     #[arg(long, global = true, value_name = "DURATION")]
     pub timeout: Option<String>,

@@ -29,7 +29,7 @@ pub fn bounded(config: &Config, verb: &Verb) -> Result<Answer, Error> {
         .build()
         .map_err(Error::local("start", "the event loop"))?;
     let store = crate::store::open(config, bound)?;
-    let result = runtime.block_on(async {
+    let result: Result<_, Error> = runtime.block_on(async {
         let signals = signal_pipe()?;
         let work = async {
             tokio::select! {

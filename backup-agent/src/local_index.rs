@@ -1,18 +1,19 @@
-//! The local index: every entry of the last snapshot with the stamp that tells a changed file from an unchanged one.
+//! The local index: what the last snapshot says about each path, with the stamp that tells a changed file from an
+//! unchanged one, and with the layers that have a word on it.
 
 use std::{fs::File, path::Path};
 
 use nix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
 
 use crate::{
     archive::{
-        entry::{Entry, Kind},
+        entry::{Entry, Kind, compare, weight},
         index::{IndexReader, IndexWriter},
+        merge::Merge,
     },
     error::Error,
-    snapshot::id::hex,
+    snapshot::{layers::Size, record::Layer},
     tree::{
         exclude::Excludes,
         read,
@@ -23,13 +24,14 @@ use crate::{
 /// First line of the local index.
 #[derive(Serialize, Deserialize)]
 struct LocalHeader {
+    /// The snapshot that this is about.
     snapshot: String,
     /// The file systems' clock when the walk began. What has a later change time may have changed again unseen.
     started: i64,
 }
 
 /// The time that file systems give to files now: it advances in ticks of some milliseconds.
-pub fn file_clock() -> Result<i64, Error> {
+fn file_clock() -> Result<i64, Error> {
     let now =
         clock_gettime(ClockId::CLOCK_REALTIME_COARSE).map_err(Error::local("read", "the clock"))?;
     Ok(now.tv_sec() * 1_000_000_000 + now.tv_nsec())
@@ -39,10 +41,11 @@ pub fn file_clock() -> Result<i64, Error> {
 pub struct LocalIndex(IndexWriter);
 
 impl LocalIndex {
-    pub fn new(file: File, snapshot: &str, started: i64) -> Result<Self, Error> {
+    /// An index of `snapshot`, begun before the walk that fills it.
+    pub fn new(file: File, snapshot: &str) -> Result<Self, Error> {
         let header = LocalHeader {
             snapshot: snapshot.to_owned(),
-            started,
+            started: file_clock()?,
         };
         let line = serde_json::to_vec(&header)
             .expect("a header has string keys and no failing serializer");
@@ -68,6 +71,93 @@ impl LocalIndex {
     }
 }
 
+/// The index cannot be read: it is as good as none.
+#[derive(Debug)]
+pub struct Unreadable;
+
+impl From<Unreadable> for Error {
+    fn from(_: Unreadable) -> Self {
+        let reason = std::io::Error::from(std::io::ErrorKind::InvalidData);
+        Self::local("read", "the local index")(reason)
+    }
+}
+
+/// Reads a local index beside a walk.
+pub struct Known {
+    /// Changes after this time may have been missed.
+    pub started: i64,
+    lines: Option<IndexReader<File>>,
+    next: Option<Entry>,
+    /// Number of layers of the snapshot.
+    layers: usize,
+}
+
+impl Known {
+    /// An index without an entry.
+    pub fn nothing() -> Self {
+        Self {
+            started: 0,
+            lines: None,
+            next: None,
+            layers: 0,
+        }
+    }
+
+    /// The index of `snapshot`, which has that many layers.
+    pub fn open(file: File, snapshot: &str, layers: usize) -> Result<Self, Unreadable> {
+        let mut lines = IndexReader::new(file).map_err(|_| Unreadable)?;
+        let line = lines.line().ok().flatten().ok_or(Unreadable)?;
+        let header: LocalHeader = serde_json::from_slice(line).map_err(|_| Unreadable)?;
+        if header.snapshot != snapshot {
+            return Err(Unreadable);
+        }
+        let mut known = Self {
+            started: header.started,
+            lines: Some(lines),
+            next: None,
+            layers,
+        };
+        known.advance()?;
+        Ok(known)
+    }
+
+    /// The next entry that is before `path` in the order of the walk: nothing was met there.
+    pub fn before(&mut self, path: &[u8]) -> Result<Option<Entry>, Unreadable> {
+        match &self.next {
+            Some(entry) if compare(&entry.path, path).is_lt() => self.advance(),
+            _ => Ok(None),
+        }
+    }
+
+    /// The entry at `path`, after all before it were taken.
+    pub fn at(&mut self, path: &[u8]) -> Result<Option<Entry>, Unreadable> {
+        match &self.next {
+            Some(entry) if entry.path == path => self.advance(),
+            _ => Ok(None),
+        }
+    }
+
+    /// The next entry, after the walk.
+    pub fn rest(&mut self) -> Result<Option<Entry>, Unreadable> {
+        self.advance()
+    }
+
+    fn advance(&mut self) -> Result<Option<Entry>, Unreadable> {
+        let next = match &mut self.lines {
+            Some(lines) => lines.entry().map_err(|_| Unreadable)?,
+            None => None,
+        };
+        let known = |number: &u32| (*number as usize) < self.layers;
+        if next
+            .as_ref()
+            .is_some_and(|entry| !entry.layers.iter().all(known))
+        {
+            return Err(Unreadable);
+        }
+        Ok(std::mem::replace(&mut self.next, next))
+    }
+}
+
 /// How to judge a file that changed in the same tick of the clock as the walk that wrote the index.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Racy {
@@ -77,50 +167,34 @@ pub enum Racy {
     Changed,
 }
 
-/// Whether the tree is exactly what the index of `snapshot` has. Stops at the first difference.
-pub fn is_tree_same(
-    root: &Path,
-    excludes: &Excludes,
-    index: File,
-    snapshot: &str,
-    racy: Racy,
-) -> Result<bool, Error> {
-    let Ok(mut index) = IndexReader::new(index) else {
-        return Ok(false);
-    };
-    let header: Option<LocalHeader> = index
-        .line()
-        .ok()
-        .flatten()
-        .and_then(|line| serde_json::from_slice(line).ok());
-    let Some(header) = header.filter(|header| header.snapshot == snapshot) else {
-        return Ok(false);
-    };
-    let visit = |found: Found<'_>| {
-        // A damaged index is as good as none: everything is read again.
-        let known = index.entry().ok().flatten().ok_or(Walk::Differs)?;
-        let is_racy = found
-            .entry
-            .stamp
-            .is_none_or(|stamp| stamp.ctime >= header.started);
-        if !scan::is_same(&found.entry, &known) {
-            return Err(Walk::Differs);
-        }
-        if is_racy && (racy == Racy::Changed || !has_hash(&found, &known)) {
-            return Err(Walk::Differs);
-        }
-        Ok(Verdict::Taken)
-    };
-    // What could not be kept then cannot be kept now; a word about it each time would bury the others.
-    match scan::walk(root, excludes, visit, |_, _| ()) {
-        Ok(()) => Ok(matches!(index.entry(), Ok(None))),
-        Err(Walk::Differs) => Ok(false),
-        Err(Walk::Failed(error)) => Err(error),
+/// Whether what was found is not what the index has.
+pub fn is_changed(found: &Found<'_>, known: &Entry, started: i64, racy: Racy) -> bool {
+    if !scan::is_same(&found.entry, known) {
+        return true;
+    }
+    let stamp = found.entry.stamp;
+    stamp.is_none_or(|stamp| stamp.ctime >= started)
+        && (racy == Racy::Changed || !is_equal(found, known))
+}
+
+/// Whether what was found has the content and attributes that the index has.
+fn is_equal(found: &Found<'_>, known: &Entry) -> bool {
+    match known.kind {
+        Kind::File => read::open(found.parent, found.name)
+            .ok()
+            .flatten()
+            .is_some_and(|mut content| read::is_equal(&mut content, known)),
+        Kind::Dir => found.directory.is_some_and(|directory| {
+            read::xattrs(directory).is_ok_and(|xattrs| xattrs == known.xattrs)
+        }),
+        Kind::Symlink | Kind::Hardlink | Kind::Deleted => true,
     }
 }
 
-enum Walk {
+/// Why a comparison ended early.
+pub enum Walk {
     Differs,
+    Unreadable,
     Failed(Error),
 }
 
@@ -130,18 +204,164 @@ impl From<Error> for Walk {
     }
 }
 
-/// Whether a file's content is what the index says; other types have nothing but their status.
-fn has_hash(found: &Found<'_>, known: &Entry) -> bool {
-    if known.kind != Kind::File {
-        return true;
+impl From<Unreadable> for Walk {
+    fn from(_: Unreadable) -> Self {
+        Self::Unreadable
     }
-    let Ok(Some(mut content)) = read::open(found.parent, found.name) else {
-        return false;
+}
+
+/// Whether the tree is exactly what the index has. Stops at the first difference.
+pub fn is_tree_same(
+    root: &Path,
+    excludes: &Excludes,
+    mut known: Known,
+    racy: Racy,
+) -> Result<bool, Error> {
+    let started = known.started;
+    let visit = |found: Found<'_>| {
+        while let Some(gone) = known.before(&found.entry.path)? {
+            if gone.kind != Kind::Deleted {
+                return Err(Walk::Differs);
+            }
+        }
+        match known.at(&found.entry.path)? {
+            Some(entry) if !is_changed(&found, &entry, started, racy) => Ok(Verdict::Taken),
+            _ => Err(Walk::Differs),
+        }
     };
-    let mut sum = Sha256::new();
-    let all = content.read(drop, |bytes| {
-        sum.update(bytes);
+    // What could not be kept then cannot be kept now; a word about it each time would bury the others.
+    let walked = scan::walk(root, excludes, visit, |_, _| ());
+    let rest = walked.and_then(|()| {
+        while let Some(gone) = known.rest()? {
+            if gone.kind != Kind::Deleted {
+                return Err(Walk::Differs);
+            }
+        }
         Ok(())
     });
-    all.is_ok() && known.sha256 == Some(hex(&sum.finalize()))
+    match rest {
+        Ok(()) => Ok(true),
+        Err(Walk::Differs | Walk::Unreadable) => Ok(false),
+        Err(Walk::Failed(error)) => Err(error),
+    }
+}
+
+/// What changed since the last snapshot, in numbers.
+#[derive(Default)]
+pub struct Survey {
+    /// Paths that are new, changed or gone.
+    pub changes: u64,
+    /// About the bytes that they take in a tar stream.
+    pub changed: u64,
+    /// What the tree still needs of each layer.
+    pub layers: Vec<Size>,
+}
+
+/// Compares the tree with the last snapshot, which has these layers.
+pub fn survey(
+    root: &Path,
+    excludes: &Excludes,
+    mut known: Known,
+    layers: &[Layer],
+) -> Result<Survey, Walk> {
+    let started = known.started;
+    let sizes = layers.iter().map(|layer| Size {
+        whole: layer.raw_size,
+        live: 0,
+    });
+    let mut survey = Survey {
+        layers: sizes.collect(),
+        ..Survey::default()
+    };
+    let visit = |found: Found<'_>| {
+        while let Some(gone) = known.before(&found.entry.path)? {
+            survey.gone(&gone);
+        }
+        match known.at(&found.entry.path)? {
+            Some(entry) if !is_changed(&found, &entry, started, Racy::Read) => survey.keep(&entry),
+            _ => survey.change(found.allocated.min(found.entry.size)),
+        }
+        Ok::<_, Walk>(Verdict::Taken)
+    };
+    scan::walk(root, excludes, visit, |_, _| ())?;
+    while let Some(gone) = known.rest()? {
+        survey.gone(&gone);
+    }
+    Ok(survey)
+}
+
+impl Survey {
+    fn keep(&mut self, entry: &Entry) {
+        if let Some(layer) = entry.layers.last() {
+            self.layers[*layer as usize].live += entry.weight();
+        }
+    }
+
+    fn change(&mut self, data: u64) {
+        self.changes += 1;
+        self.changed = self.changed.saturating_add(weight(data));
+    }
+
+    fn gone(&mut self, entry: &Entry) {
+        if entry.kind == Kind::Deleted {
+            self.keep(entry);
+        } else {
+            self.change(0);
+        }
+    }
+}
+
+/// How far the tree on the disk is known to be the snapshot's.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Trust {
+    /// It was just restored: only the stamps are new.
+    Restored,
+    /// Nothing is known: what looks alike is read and compared.
+    Compare,
+}
+
+/// Writes the local index of a snapshot out of its layers' indexes, with stamps from the disk.
+pub fn adopt(
+    root: &Path,
+    excludes: &Excludes,
+    merge: &mut Merge,
+    snapshot: &str,
+    file: File,
+    trust: Trust,
+) -> Result<(), Error> {
+    let mut index = LocalIndex::new(file, snapshot)?;
+    let mut next = merge.next()?;
+    let visit = |found: Found<'_>| {
+        while let Some(word) =
+            next.take_if(|word| compare(&word.entry.path, &found.entry.path).is_lt())
+        {
+            index.entry(&word.entry)?;
+            next = merge.next()?;
+        }
+        if let Some(word) = next.take_if(|word| word.entry.path == found.entry.path) {
+            let mut entry = word.entry;
+            if trust == Trust::Restored && entry.kind != Kind::Deleted {
+                // The owner may be another one here.
+                let restored = found.entry;
+                entry = Entry {
+                    sha256: entry.sha256,
+                    extents: entry.extents,
+                    xattrs: entry.xattrs,
+                    layers: entry.layers,
+                    ..restored
+                };
+            } else if scan::is_alike(&found.entry, &entry) && is_equal(&found, &entry) {
+                entry.stamp = found.entry.stamp;
+            }
+            index.entry(&entry)?;
+            next = merge.next()?;
+        }
+        Ok::<_, Error>(Verdict::Taken)
+    };
+    scan::walk(root, excludes, visit, |_, _| ())?;
+    while let Some(word) = next {
+        index.entry(&word.entry)?;
+        next = merge.next()?;
+    }
+    index.finish()
 }

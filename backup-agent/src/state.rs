@@ -18,6 +18,7 @@ use crate::{
     log,
     snapshot::{
         head::{Head, Seen},
+        record::Layer,
         sealed,
     },
 };
@@ -52,6 +53,15 @@ pub struct RootId {
     born: i64,
 }
 
+/// One of the two local indexes.
+#[derive(Debug, Clone, Copy)]
+pub enum Which {
+    /// Of the last snapshot.
+    Last,
+    /// Of the snapshot that is being taken.
+    UnderWay,
+}
+
 /// A snapshot in a few words.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Described {
@@ -60,6 +70,8 @@ pub struct Described {
     pub sequence: u64,
     pub files: u64,
     pub fork: bool,
+    /// Oldest first.
+    pub layers: Vec<Layer>,
 }
 
 /// The state directory, locked for this process.
@@ -133,38 +145,38 @@ impl State {
 
     /// An empty file for an index under way, and where to put it when it is whole.
     pub fn index_under_way(&self) -> Result<File, Error> {
-        self.scratch("index.new")
-    }
-
-    /// The index under way, to be read after it was written.
-    pub fn read_index_under_way(&self) -> Result<File, Error> {
-        self.read_scratch("index.new")
+        self.scratch(INDEX_UNDER_WAY)
     }
 
     /// Makes the index under way the index of the last snapshot.
     pub fn keep_index(&self) -> Result<(), Error> {
-        let from = self.directory.join("index.new");
+        let from = self.directory.join(INDEX_UNDER_WAY);
         fs::rename(&from, self.directory.join(INDEX)).map_err(Error::local("rename", from))
     }
 
     /// An empty working file of the runtime's own.
-    pub fn scratch(&self, name: &str) -> Result<File, Error> {
+    fn scratch(&self, name: &str) -> Result<File, Error> {
         let path = self.directory.join(name);
         private(true)
             .open(&path)
             .map_err(Error::local("write", path))
     }
 
-    /// A working file, to be read after it was written.
-    pub fn read_scratch(&self, name: &str) -> Result<File, Error> {
-        let path = self.directory.join(name);
-        File::open(&path).map_err(Error::local("read", path))
+    /// A working file that nobody else sees: it has no name any more.
+    pub fn nameless(&self) -> Result<File, Error> {
+        let file = self.scratch("scratch.new")?;
+        let path = self.directory.join("scratch.new");
+        fs::remove_file(&path).map_err(Error::local("remove", path))?;
+        Ok(file)
     }
 
-    /// The index of the last snapshot, if there is one to compare with.
-    pub fn index(&self) -> Option<File> {
-        self.facts.snapshot.as_ref()?;
-        File::open(self.directory.join(INDEX)).ok()
+    /// The index of a snapshot to compare the tree with: the last one, or the one under way.
+    pub fn index(&self, which: Which) -> Option<File> {
+        let name = match which {
+            Which::Last => INDEX,
+            Which::UnderWay => INDEX_UNDER_WAY,
+        };
+        File::open(self.directory.join(name)).ok()
     }
 
     fn replace(&self, name: &str, fill: impl FnOnce(&File) -> io::Result<()>) -> Result<(), Error> {
@@ -183,6 +195,7 @@ impl State {
 
 const FACTS: &str = "state.json";
 const INDEX: &str = "index";
+const INDEX_UNDER_WAY: &str = "index.new";
 
 fn private(truncate: bool) -> OpenOptions {
     let mut options = OpenOptions::new();

@@ -16,6 +16,8 @@ pub enum Kind {
     Symlink,
     /// Another name of a file that comes earlier in the walk.
     Hardlink,
+    /// Nothing any more: hides what older layers have under this path. Has no other member.
+    Deleted,
 }
 
 /// A run of a file's bytes.
@@ -79,8 +81,11 @@ pub struct Entry {
     pub extents: Vec<Extent>,
     /// The `user.*` attributes.
     pub xattrs: BTreeMap<String, Vec<u8>>,
-    /// Only in the local index: what tells a changed file from an unchanged one.
+    /// Only in the local index: what tells a changed file from an unchanged one. Without it the entry counts as changed.
     pub stamp: Option<Stamp>,
+    /// Only in the local index: the layers that have a word on this path, oldest first, by their numbers in the snapshot's
+    /// list. The last one's word is this entry.
+    pub layers: Vec<u32>,
 }
 
 /// The part of a file's status that changes with it and cannot be set by its owner.
@@ -93,8 +98,19 @@ pub struct Stamp {
 
 /// Order of a depth-first walk with sorted directories: component by component, by bytes.
 pub fn compare(a: &[u8], b: &[u8]) -> Ordering {
-    let components = |path| <[u8]>::split(path, |byte| *byte == b'/');
-    components(a).cmp(components(b))
+    // A name has no byte below the separator, once that counts as the lowest of all.
+    let rank = |byte: u8| if byte == b'/' { 0 } else { byte };
+    let common = a.len().min(b.len());
+    match a[..common].iter().zip(&b[..common]).find(|(a, b)| a != b) {
+        Some((a, b)) => rank(*a).cmp(&rank(*b)),
+        None => a.len().cmp(&b.len()),
+    }
+}
+
+/// About the bytes that an entry with `data` bytes of content takes in a tar stream: a header, often an extended one too.
+pub fn weight(data: u64) -> u64 {
+    const HEADERS: u64 = 1536;
+    data.saturating_add(HEADERS)
 }
 
 /// An entry as JSON. Names that are not UTF-8 go, in base64, under keys of their own.
@@ -106,10 +122,14 @@ struct Line {
     path64: Option<String>,
     #[serde(rename = "type")]
     kind: Kind,
-    mode: u32,
-    uid: u32,
-    gid: u32,
-    mtime: i64,
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    mode: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    uid: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    gid: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    mtime: Option<i64>,
     #[serde(skip_serializing_if = "is_zero", default)]
     size: u64,
     #[serde(skip_serializing_if = "Option::is_none", default)]
@@ -124,6 +144,8 @@ struct Line {
     xattrs: BTreeMap<String, String>,
     #[serde(skip_serializing_if = "Option::is_none", default)]
     stamp: Option<Stamp>,
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    layers: Vec<u32>,
 }
 
 #[expect(
@@ -138,6 +160,39 @@ fn is_zero(size: &u64) -> bool {
 const ROOT: &str = ".";
 
 impl Entry {
+    /// A path with nothing under it: a deletion, or the start of another entry.
+    pub fn deleted(path: Vec<u8>) -> Self {
+        Self {
+            path,
+            kind: Kind::Deleted,
+            mode: 0,
+            uid: 0,
+            gid: 0,
+            mtime: 0,
+            size: 0,
+            link: None,
+            sha256: None,
+            extents: Vec::new(),
+            xattrs: BTreeMap::new(),
+            stamp: None,
+            layers: Vec::new(),
+        }
+    }
+
+    /// Bytes of a file's content, holes left out.
+    pub fn data(&self) -> u64 {
+        let lengths = self.extents.iter().map(|extent| match extent {
+            Extent::Data { length, .. } => *length,
+            Extent::Hole { .. } => 0,
+        });
+        lengths.fold(0, u64::saturating_add)
+    }
+
+    /// About the bytes that it takes in a tar stream.
+    pub fn weight(&self) -> u64 {
+        weight(self.data())
+    }
+
     /// The line for an index, without its newline.
     pub fn to_line(&self) -> Vec<u8> {
         let path: &[u8] = if self.path.is_empty() {
@@ -147,14 +202,15 @@ impl Entry {
         };
         let (path, path64) = encode(path);
         let (link, link64) = self.link.as_deref().map_or((None, None), encode);
+        let status = self.kind != Kind::Deleted;
         let json = Line {
             path,
             path64,
             kind: self.kind,
-            mode: self.mode,
-            uid: self.uid,
-            gid: self.gid,
-            mtime: self.mtime,
+            mode: status.then_some(self.mode),
+            uid: status.then_some(self.uid),
+            gid: status.then_some(self.gid),
+            mtime: status.then_some(self.mtime),
             size: self.size,
             link,
             link64,
@@ -166,6 +222,7 @@ impl Entry {
                 .map(|(name, value)| (name.clone(), BASE64_STANDARD.encode(value)))
                 .collect(),
             stamp: self.stamp,
+            layers: self.layers.clone(),
         };
         serde_json::to_vec(&json).expect("an entry has string keys and no failing serializer")
     }
@@ -184,19 +241,29 @@ impl Entry {
                     Ok(value) => Ok((name, value)),
                     Err(_) => Err(format!("the value of {name} is not base64")),
                 });
+        let missing = || "a line has no mode, owner or time".to_owned();
+        let status = if line.kind == Kind::Deleted {
+            None
+        } else {
+            let owner = line.uid.zip(line.gid);
+            let status = line.mode.zip(owner).zip(line.mtime);
+            Some(status.ok_or_else(missing)?)
+        };
+        let ((mode, (uid, gid)), mtime) = status.unwrap_or_default();
         Ok(Self {
             path,
             kind: line.kind,
-            mode: line.mode,
-            uid: line.uid,
-            gid: line.gid,
-            mtime: line.mtime,
+            mode,
+            uid,
+            gid,
+            mtime,
             size: line.size,
             link: decode(line.link, line.link64)?,
             sha256: line.sha256,
             extents: line.extents,
             xattrs: xattrs.collect::<Result<_, _>>()?,
             stamp: line.stamp,
+            layers: line.layers,
         })
     }
 
@@ -271,6 +338,7 @@ mod tests {
             ],
             xattrs: BTreeMap::from([("user.a".to_owned(), vec![0, 255])]),
             stamp: None,
+            layers: vec![],
         }
     }
 
@@ -288,6 +356,21 @@ mod tests {
     }
 
     #[test]
+    fn a_deletion_has_a_path_and_nothing_else() {
+        let line = Entry::deleted(b"gone".to_vec()).to_line();
+        assert_eq!(
+            String::from_utf8_lossy(&line),
+            r#"{"path":"gone","type":"deleted"}"#
+        );
+        assert_eq!(
+            Entry::from_line(&line),
+            Ok(Entry::deleted(b"gone".to_vec()))
+        );
+        let bare = Entry::from_line(br#"{"path":"there","type":"dir","mode":448}"#);
+        assert!(bare.is_err(), "{bare:?}");
+    }
+
+    #[test]
     fn names_of_any_bytes_read_back() {
         for path in [&b"\xff\xfe/\n"[..], b"", b"\"quoted\"", "ümläut".as_bytes()] {
             let mut entry = entry(path);
@@ -298,7 +381,9 @@ mod tests {
 
     #[test]
     fn paths_sort_as_a_walk_meets_them() {
-        let walk: [&[u8]; 7] = [b"", b"a", b"a/b", b"a/b/c", b"a/c", b"a.b", b"b"];
+        let walk: [&[u8]; 8] = [
+            b"", b"a", b"a/\x01", b"a/b", b"a/b/c", b"a/c", b"a\x01", b"a.b",
+        ];
         for pair in walk.windows(2) {
             assert_eq!(compare(pair[0], pair[1]), Ordering::Less, "{pair:?}");
         }

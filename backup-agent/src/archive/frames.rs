@@ -1,4 +1,10 @@
-//! Independent zstd frames of one size of raw bytes: any of them can be fetched and unpacked without the others.
+//! Independent zstd frames of one size of raw bytes: any of them can be fetched and unpacked without the others, and all
+//! of them be made at the same time.
+
+use std::{
+    sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel},
+    thread::{self, JoinHandle},
+};
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -14,8 +20,14 @@ use crate::snapshot::id::hex;
 pub const RAW: usize = 4 << 20;
 /// What a reader takes at most, from whatever writer: its buffers have that size.
 pub const LARGEST: usize = 16 << 20;
-/// zstd's own default: faster levels cost more on the wire than they save here, slower ones gain little.
-const LEVEL: i32 = 3;
+/// How much work goes into compression.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Effort {
+    /// zstd's level.
+    pub level: i32,
+    /// Threads that compress.
+    pub jobs: usize,
+}
 
 /// One frame: a row of the frame table, as `[raw, stored, sha256]`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -45,27 +57,55 @@ impl From<Frame> for (u64, u64, String) {
     }
 }
 
-/// Takes the raw tar stream, gives frames to the upload and keeps their table.
+/// Takes the raw tar stream, has its frames compressed on several threads, gives them to the upload in order and keeps
+/// their table.
+///
+/// Frames go round the lanes in turn, so the packer, which goes round with them, finds them in order. A lane takes the next
+/// frame when it is done with the last: nothing queues, and memory is a raw and a compressed frame for each.
 pub struct FrameWriter {
-    compressor: Compressor<'static>,
     raw: Vec<u8>,
-    stored: Vec<u8>,
-    table: Vec<Frame>,
+    lanes: Vec<Lane>,
+    turn: usize,
     position: u64,
-    sink: PartWriter,
+    packer: JoinHandle<Result<(Vec<Frame>, PartWriter), UploadStopped>>,
 }
 
+/// The writer's ends of one compressing thread.
+struct Lane {
+    raw: SyncSender<Vec<u8>>,
+    /// Buffers come back here to be filled again.
+    spare: Receiver<Vec<u8>>,
+}
+
+/// A finished frame, and where its buffer goes back to.
+type Finished = (Frame, Vec<u8>);
+
 impl FrameWriter {
-    pub fn new(sink: PartWriter) -> std::io::Result<Self> {
-        let mut compressor = Compressor::new(LEVEL)?;
-        compressor.set_parameter(CParameter::ChecksumFlag(true))?;
+    pub fn new(sink: PartWriter, effort: Effort) -> std::io::Result<Self> {
+        let mut lanes = Vec::new();
+        let mut finished = Vec::new();
+        for _ in 0..effort.jobs.max(1) {
+            let mut compressor = Compressor::new(effort.level)?;
+            compressor.set_parameter(CParameter::ChecksumFlag(true))?;
+            let (raw, raws) = sync_channel(0);
+            let (spares, spare) = channel();
+            let (frames, packed) = sync_channel(0);
+            let (returns, returned) = channel();
+            thread::Builder::new()
+                .name("compressor".to_owned())
+                .spawn(move || compress(compressor, &raws, &spares, &frames, &returned))?;
+            lanes.push(Lane { raw, spare });
+            finished.push((packed, returns));
+        }
+        let packer = thread::Builder::new()
+            .name("packer".to_owned())
+            .spawn(move || pack(&finished, sink))?;
         Ok(Self {
-            compressor,
             raw: Vec::with_capacity(RAW),
-            stored: vec![0; compress_bound(RAW)],
-            table: Vec::new(),
+            lanes,
+            turn: 0,
             position: 0,
-            sink,
+            packer,
         })
     }
 
@@ -74,7 +114,7 @@ impl FrameWriter {
         self.position
     }
 
-    /// Appends to the raw stream.
+    /// Appends to the raw stream; waits while compression or upload is behind.
     pub fn write(&mut self, mut bytes: &[u8]) -> Result<(), UploadStopped> {
         self.position += bytes.len() as u64;
         while !bytes.is_empty() {
@@ -93,23 +133,70 @@ impl FrameWriter {
         if !self.raw.is_empty() {
             self.flush()?;
         }
-        Ok((self.table, self.sink))
+        drop(self.lanes);
+        let (table, sink) = self.packer.join().map_err(|_| UploadStopped)??;
+        // A lane that died would look like the end.
+        if table.iter().map(|frame| frame.raw).sum::<u64>() == self.position {
+            Ok((table, sink))
+        } else {
+            Err(UploadStopped)
+        }
     }
 
     fn flush(&mut self) -> Result<(), UploadStopped> {
-        let length = self
-            .compressor
-            .compress_to_buffer(&self.raw, &mut self.stored[..])
-            .expect("the buffer has zstd's own bound for the largest frame");
-        let stored = &self.stored[..length];
-        self.table.push(Frame {
-            raw: self.raw.len() as u64,
-            stored: length as u64,
-            sha256: hex(&Sha256::digest(stored)),
-        });
-        self.raw.clear();
-        self.sink.write(stored)
+        let lane = &self.lanes[self.turn % self.lanes.len()];
+        self.turn += 1;
+        let spare = lane.spare.try_recv();
+        let empty = spare.unwrap_or_else(|_| Vec::with_capacity(RAW));
+        let full = std::mem::replace(&mut self.raw, empty);
+        lane.raw.send(full).map_err(|_| UploadStopped)
     }
+}
+
+/// One lane: frames in, frames out, until either end is closed.
+fn compress(
+    mut compressor: Compressor<'static>,
+    raws: &Receiver<Vec<u8>>,
+    spares: &Sender<Vec<u8>>,
+    frames: &SyncSender<Finished>,
+    returned: &Receiver<Vec<u8>>,
+) {
+    while let Ok(mut raw) = raws.recv() {
+        let mut stored = returned
+            .try_recv()
+            .unwrap_or_else(|_| Vec::with_capacity(compress_bound(RAW)));
+        compressor
+            .compress_to_buffer(&raw, &mut stored)
+            .expect("the buffer has zstd's own bound for the largest frame");
+        let frame = Frame {
+            raw: raw.len() as u64,
+            stored: stored.len() as u64,
+            sha256: hex(&Sha256::digest(&stored)),
+        };
+        raw.clear();
+        // Nobody waits for it after the last frame.
+        let _ = spares.send(raw);
+        if frames.send((frame, stored)).is_err() {
+            return;
+        }
+    }
+}
+
+/// Puts the frames of all lanes into the object in order.
+fn pack(
+    lanes: &[(Receiver<Finished>, Sender<Vec<u8>>)],
+    mut sink: PartWriter,
+) -> Result<(Vec<Frame>, PartWriter), UploadStopped> {
+    let mut table = Vec::new();
+    for (finished, returns) in lanes.iter().cycle() {
+        let Ok((frame, stored)) = finished.recv() else {
+            break;
+        };
+        sink.write(&stored)?;
+        table.push(frame);
+        let _ = returns.send(stored);
+    }
+    Ok((table, sink))
 }
 
 #[cfg(test)]
@@ -120,9 +207,11 @@ mod tests {
 
     #[test]
     fn every_frame_unpacks_alone_and_all_together_are_the_stream() {
+        let effort = Effort { level: 3, jobs: 2 };
         let (sender, mut receiver) = mpsc::channel(10);
-        let mut writer = FrameWriter::new(PartWriter::new(sender, 64 << 20)).expect("a compressor");
-        let content: Vec<u8> = (0..=250).cycle().take(2 * RAW + 17).collect();
+        let sink = PartWriter::new(sender, 64 << 20);
+        let mut writer = FrameWriter::new(sink, effort).expect("a compressor");
+        let content: Vec<u8> = (0..=250).cycle().take(4 * RAW + 17).collect();
         for chunk in content.chunks(100_003) {
             writer.write(chunk).expect("the channel is open");
         }
@@ -133,7 +222,7 @@ mod tests {
 
         assert_eq!(zstd::decode_all(&object[..]).expect("a stream"), content);
         let raw: Vec<u64> = table.iter().map(|frame| frame.raw).collect();
-        assert_eq!(raw, [RAW as u64, RAW as u64, 17]);
+        assert_eq!(raw, [RAW as u64, RAW as u64, RAW as u64, RAW as u64, 17]);
         let (mut at, mut from) = (0, 0);
         for frame in &table {
             let stored = usize::try_from(frame.stored).expect("small");

@@ -7,6 +7,7 @@ use std::{
 };
 
 use serde::{Deserialize, Serialize};
+use zstd::zstd_safe::CParameter;
 
 use super::{entry::Entry, frames::Frame};
 
@@ -15,6 +16,8 @@ use super::{entry::Entry, frames::Frame};
 const LONGEST_LINE: u64 = 16 << 20;
 /// Compression of indexes: they are small beside the data.
 const LEVEL: i32 = 3;
+/// As a power of two, the bytes that a reader has to hold for each index. Many are read at once, so it is a small one.
+const WINDOW: u32 = 18;
 
 /// The first line of a layer's index.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -32,9 +35,10 @@ pub struct IndexWriter {
 
 impl IndexWriter {
     pub fn new(file: File) -> io::Result<Self> {
-        Ok(Self {
-            encoder: zstd::Encoder::new(BufWriter::new(file), LEVEL)?,
-        })
+        let mut encoder = zstd::Encoder::new(BufWriter::new(file), LEVEL)?;
+        encoder.set_parameter(CParameter::WindowLog(WINDOW))?;
+        encoder.set_parameter(CParameter::ChecksumFlag(true))?;
+        Ok(Self { encoder })
     }
 
     /// Appends one entry.

@@ -36,7 +36,7 @@ impl PartWriter {
     pub fn new(sender: mpsc::Sender<Part>, part_size: usize) -> Self {
         Self {
             sender,
-            part: Vec::new(),
+            part: Vec::with_capacity(part_size),
             part_size,
             sum: Sha256::new(),
             written: 0,
@@ -71,7 +71,9 @@ impl PartWriter {
     }
 
     fn send(&mut self, is_last: bool) -> Result<(), UploadStopped> {
-        let bytes = Bytes::from(std::mem::take(&mut self.part));
+        let room = if is_last { 0 } else { self.part_size };
+        let part = std::mem::replace(&mut self.part, Vec::with_capacity(room));
+        let bytes = Bytes::from(part);
         self.sender
             .blocking_send(Part { bytes, is_last })
             .map_err(|_| UploadStopped)

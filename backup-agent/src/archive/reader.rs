@@ -1,6 +1,11 @@
 //! Reads layers back: index and frames are checked against their sha256 before anything is made of them.
 
-use std::{fs::File, io::Write};
+use std::{
+    fs::File,
+    io::Write,
+    sync::mpsc::{Receiver, SyncSender, sync_channel},
+    thread,
+};
 
 use hyper::body::Bytes;
 use sha2::{Digest, Sha256};
@@ -10,7 +15,8 @@ use zstd::bulk::Decompressor;
 use super::{
     footer,
     frames::{Frame, LARGEST},
-    index::LayerHeader,
+    index::{IndexReader, LayerHeader},
+    spool::{Spool, SpoolReader},
     writer::Halt,
 };
 use crate::{
@@ -22,8 +28,10 @@ use crate::{
     store::Store,
 };
 
-/// Bytes that are fetched with one request: enough to hide a round trip, small enough to hold two of them.
-const RANGE: u64 = 8 << 20;
+/// Bytes that are fetched with one request: about one frame that does not compress.
+const RANGE: u64 = 4 << 20;
+/// Requests on their way at once. Each costs twice its range and a frame in memory, and hides one round trip.
+const LANES: usize = 4;
 
 fn damaged(layer: &Layer, reason: impl Into<String>) -> Error {
     Error::Damaged {
@@ -32,33 +40,59 @@ fn damaged(layer: &Layer, reason: impl Into<String>) -> Error {
     }
 }
 
-/// Fetches the index of a layer into a file, as it is stored: compressed.
-pub async fn fetch_index(store: &dyn Store, layer: &Layer, file: &mut File) -> Result<(), Error> {
-    let key = layer_key(&layer.id);
-    let mut sum = Sha256::new();
-    let mut at = 0;
-    while at < layer.index_size {
-        let length = RANGE.min(layer.index_size - at);
-        let bytes = range(store, &key, layer.index_offset + at, length).await?;
-        sum.update(&bytes);
-        file.write_all(&bytes)
-            .map_err(Error::local("write", "the index under way"))?;
-        at += length;
+/// The index of a layer, on the local disk.
+pub struct LayerIndex {
+    pub layer: Layer,
+    pub frames: Vec<Frame>,
+    spool: Spool,
+}
+
+impl LayerIndex {
+    /// Fetches the index of a layer into `file`, and judges it.
+    pub async fn fetch(store: &dyn Store, layer: &Layer, mut file: File) -> Result<Self, Error> {
+        let key = layer_key(&layer.id);
+        let mut sum = Sha256::new();
+        let mut at = 0;
+        while at < layer.index_size {
+            let length = RANGE.min(layer.index_size - at);
+            let bytes = range(store, &key, layer.index_offset + at, length).await?;
+            sum.update(&bytes);
+            file.write_all(&bytes)
+                .map_err(Error::local("write", "the index under way"))?;
+            at += length;
+        }
+        let got = hex(&sum.finalize());
+        if got != layer.index_sha256 {
+            let want = &layer.index_sha256;
+            let reason = format!("expected sha256 {want} of its index, got {got}");
+            return Err(damaged(layer, reason));
+        }
+        let mut index = Self {
+            layer: layer.clone(),
+            frames: Vec::new(),
+            spool: Spool::new(file),
+        };
+        let mut lines = index.open()?;
+        index.frames = check_header(layer, lines.line().ok().flatten())?.frames;
+        Ok(index)
     }
-    let got = hex(&sum.finalize());
-    if got == layer.index_sha256 {
-        Ok(())
-    } else {
-        let want = &layer.index_sha256;
-        Err(damaged(
-            layer,
-            format!("expected sha256 {want} of its index, got {got}"),
-        ))
+
+    /// Its lines behind the header.
+    pub fn lines(&self) -> Result<IndexReader<SpoolReader>, Error> {
+        let mut lines = self.open()?;
+        match lines.line() {
+            Ok(Some(_)) => Ok(lines),
+            Ok(None) | Err(_) => Err(damaged(&self.layer, "its index has no header")),
+        }
+    }
+
+    fn open(&self) -> Result<IndexReader<SpoolReader>, Error> {
+        IndexReader::new(self.spool.reader()).map_err(Error::local("set up", "zstd"))
     }
 }
 
-/// Reads and judges the first line of a layer's index.
-pub fn check_header(layer: &Layer, line: Option<&[u8]>) -> Result<LayerHeader, Error> {
+/// Judges the first line of a layer's index.
+fn check_header(layer: &Layer, line: Option<&[u8]>) -> Result<LayerHeader, Error> {
     let header: LayerHeader = line
         .and_then(|line| serde_json::from_slice(line).ok())
         .ok_or_else(|| damaged(layer, "its index has no header"))?;
@@ -83,41 +117,6 @@ pub fn check_header(layer: &Layer, line: Option<&[u8]>) -> Result<LayerHeader, E
     Ok(header)
 }
 
-/// Fetches all frames in order, each checked, and gives them to `sender`. Gives the number of bytes that came.
-pub async fn fetch_frames(
-    store: &dyn Store,
-    layer: &Layer,
-    table: &[Frame],
-    sender: mpsc::Sender<Bytes>,
-) -> Result<u64, Error> {
-    let key = layer_key(&layer.id);
-    let (mut at, mut next) = (0, 0);
-    while next < table.len() {
-        // As many whole frames as fit into one request, at least one.
-        let (mut length, first) = (0, next);
-        while next < table.len() && (next == first || length + table[next].stored <= RANGE) {
-            length += table[next].stored;
-            next += 1;
-        }
-        let mut bytes = range(store, &key, at, length).await?;
-        at += length;
-        for frame in &table[first..next] {
-            let stored = bytes.split_to(usize::try_from(frame.stored).unwrap_or(usize::MAX));
-            let got = hex(&Sha256::digest(&stored));
-            if got != frame.sha256 {
-                let want = &frame.sha256;
-                let reason = format!("expected sha256 {want} of a frame, got {got}");
-                return Err(damaged(layer, reason));
-            }
-            if sender.send(stored).await.is_err() {
-                // Whoever unpacks has failed, and says why.
-                return Ok(at);
-            }
-        }
-    }
-    Ok(at)
-}
-
 async fn range(store: &dyn Store, key: &str, offset: u64, length: u64) -> Result<Bytes, Error> {
     let length = usize::try_from(length).unwrap_or(usize::MAX);
     store
@@ -136,33 +135,179 @@ async fn range(store: &dyn Store, key: &str, offset: u64, length: u64) -> Result
         })
 }
 
-/// The raw tar stream of a layer, forward only.
+/// Some neighbouring frames that come with one request.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Request {
+    offset: u64,
+    length: u64,
+    /// Each with the place of its first byte in the raw stream.
+    frames: Vec<(u64, Frame)>,
+}
+
+/// The requests that bring the wanted frames and nothing else.
+fn plan(table: &[Frame], wanted: &[bool]) -> Vec<Request> {
+    let mut requests: Vec<Request> = Vec::new();
+    let (mut stored, mut raw) = (0, 0);
+    for (frame, wanted) in table.iter().zip(wanted) {
+        if *wanted {
+            let fits = |last: &&mut Request| {
+                last.offset + last.length == stored && last.length + frame.stored <= RANGE
+            };
+            if let Some(last) = requests.last_mut().filter(fits) {
+                last.length += frame.stored;
+                last.frames.push((raw, frame.clone()));
+            } else {
+                requests.push(Request {
+                    offset: stored,
+                    length: frame.stored,
+                    frames: vec![(raw, frame.clone())],
+                });
+            }
+        }
+        stored += frame.stored;
+        raw += frame.raw;
+    }
+    requests
+}
+
+/// The frames of a layer on their way: the half that talks to the store.
+pub struct Download {
+    layer: Layer,
+    requests: Vec<Request>,
+    lanes: Vec<mpsc::Sender<(Request, Bytes)>>,
+}
+
+/// The wanted parts of a layer's raw tar stream, forward only: the half that reads. In between, frames are checked and
+/// unpacked on a thread for each lane; requests go round the lanes in turn, so the reader finds the frames in order.
 pub struct RawStream {
     layer: Layer,
-    table: std::vec::IntoIter<Frame>,
-    frames: mpsc::Receiver<Bytes>,
-    decompressor: Decompressor<'static>,
+    lanes: Vec<Receiver<Result<Unpacked, Error>>>,
+    /// Frames still to come from each request, in turn.
+    due: std::vec::IntoIter<usize>,
+    turn: usize,
+    left: usize,
     current: Vec<u8>,
-    /// Offset of the first byte behind `current`.
-    end: u64,
+    /// Place of `current` in the raw stream.
+    start: u64,
+}
+
+/// A frame's place in the raw stream and its bytes there.
+type Unpacked = (u64, Vec<u8>);
+
+/// Prepares to read the frames of a layer that are wanted.
+pub fn stream(index: &LayerIndex, wanted: &[bool]) -> Result<(Download, RawStream), Error> {
+    let requests = plan(&index.frames, wanted);
+    let (mut senders, mut receivers) = (Vec::new(), Vec::new());
+    for _ in 0..LANES.min(requests.len()) {
+        let (sender, ranges) = mpsc::channel(1);
+        let (unpacked, receiver) = sync_channel(0);
+        let layer = index.layer.clone();
+        let decompressor = Decompressor::new().map_err(Error::local("set up", "zstd"))?;
+        thread::Builder::new()
+            .name("unpacker".to_owned())
+            .spawn(move || unpack(&layer, decompressor, ranges, &unpacked))
+            .map_err(Error::local("start", "a thread that unpacks"))?;
+        senders.push(sender);
+        receivers.push(receiver);
+    }
+    let due: Vec<usize> = requests.iter().map(|r| r.frames.len()).collect();
+    let download = Download {
+        layer: index.layer.clone(),
+        requests,
+        lanes: senders,
+    };
+    let raw = RawStream {
+        layer: index.layer.clone(),
+        lanes: receivers,
+        due: due.into_iter(),
+        turn: 0,
+        left: 0,
+        current: Vec::new(),
+        start: 0,
+    };
+    Ok((download, raw))
+}
+
+impl Download {
+    /// Fetches everything, for as long as somebody reads. Gives the number of bytes that came.
+    pub async fn run(self, store: &dyn Store) -> Result<u64, Error> {
+        let Self {
+            layer,
+            requests,
+            lanes,
+        } = self;
+        let key = layer_key(&layer.id);
+        let mut lanes = lanes.into_iter();
+        let mut run = |first: usize| {
+            let sender = lanes.next();
+            let mine: Vec<Request> = requests.iter().skip(first).step_by(LANES).cloned().collect();
+            lane(store, &key, mine, sender)
+        };
+        let (a, b, c, d) = tokio::join!(run(0), run(1), run(2), run(3));
+        Ok(a? + b? + c? + d?)
+    }
+}
+
+async fn lane(
+    store: &dyn Store,
+    key: &str,
+    requests: Vec<Request>,
+    sender: Option<mpsc::Sender<(Request, Bytes)>>,
+) -> Result<u64, Error> {
+    let mut got = 0;
+    let Some(sender) = sender else { return Ok(0) };
+    for request in requests {
+        // The place first: what is fetched has somewhere to go. Without a reader there is nothing left to do; it says why.
+        let Ok(place) = sender.reserve().await else {
+            break;
+        };
+        let bytes = range(store, key, request.offset, request.length).await?;
+        got += request.length;
+        place.send((request, bytes));
+    }
+    Ok(got)
+}
+
+/// One lane: ranges in, unpacked frames out, until either end is closed.
+fn unpack(
+    layer: &Layer,
+    mut decompressor: Decompressor<'static>,
+    mut ranges: mpsc::Receiver<(Request, Bytes)>,
+    unpacked: &SyncSender<Result<Unpacked, Error>>,
+) {
+    while let Some((request, mut bytes)) = ranges.blocking_recv() {
+        for (start, frame) in request.frames {
+            let stored = bytes.split_to(usize::try_from(frame.stored).unwrap_or(usize::MAX));
+            let raw = decode(layer, &mut decompressor, &frame, &stored).map(|raw| (start, raw));
+            if unpacked.send(raw).is_err() {
+                return;
+            }
+        }
+    }
+}
+
+/// A frame's raw bytes, if it is what its row says.
+fn decode(
+    layer: &Layer,
+    decompressor: &mut Decompressor<'static>,
+    frame: &Frame,
+    stored: &[u8],
+) -> Result<Vec<u8>, Error> {
+    let got = hex(&Sha256::digest(stored));
+    if got != frame.sha256 {
+        let want = &frame.sha256;
+        let reason = format!("expected sha256 {want} of a frame, got {got}");
+        return Err(damaged(layer, reason));
+    }
+    let raw = usize::try_from(frame.raw).unwrap_or(usize::MAX);
+    decompressor
+        .decompress(stored, raw)
+        .ok()
+        .filter(|bytes| bytes.len() == raw)
+        .ok_or_else(|| damaged(layer, "a frame does not unpack to its size"))
 }
 
 impl RawStream {
-    pub fn new(
-        layer: Layer,
-        table: Vec<Frame>,
-        frames: mpsc::Receiver<Bytes>,
-    ) -> Result<Self, Error> {
-        Ok(Self {
-            layer,
-            table: table.into_iter(),
-            frames,
-            decompressor: Decompressor::new().map_err(Error::local("set up", "zstd"))?,
-            current: Vec::new(),
-            end: 0,
-        })
-    }
-
     /// Gives `length` bytes from `offset` on to `each`, in pieces. Offsets may only grow.
     pub fn read(
         &mut self,
@@ -173,40 +318,67 @@ impl RawStream {
         let end = offset.checked_add(length);
         let end = end.ok_or_else(|| damaged(&self.layer, "its index points beyond its end"))?;
         while offset < end {
-            let start = self.end - self.current.len() as u64;
-            if offset < start {
+            let here = self.start + self.current.len() as u64;
+            if offset < self.start {
                 return Err(damaged(&self.layer, "its index points backwards").into());
             }
-            if offset >= self.end {
-                self.advance(offset)?;
+            if offset >= here {
+                self.advance()?;
                 continue;
             }
-            let from = usize::try_from(offset - start).unwrap_or(usize::MAX);
-            let to = usize::try_from(end.min(self.end) - start).unwrap_or(usize::MAX);
+            let from = usize::try_from(offset - self.start).unwrap_or(usize::MAX);
+            let to = usize::try_from(end.min(here) - self.start).unwrap_or(usize::MAX);
             each(&self.current[from..to])?;
-            offset = end.min(self.end);
+            offset = end.min(here);
         }
         Ok(())
     }
 
-    /// Takes the next frame; unpacks it only if it has something at `offset`.
-    fn advance(&mut self, offset: u64) -> Result<(), Halt> {
-        let Some(frame) = self.table.next() else {
-            return Err(damaged(&self.layer, "its index points beyond its end").into());
-        };
-        let stored = self.frames.blocking_recv().ok_or(Halt::Stopped)?;
-        self.end += frame.raw;
-        self.current.clear();
-        if offset >= self.end {
-            return Ok(());
+    /// Takes the next frame that was asked for.
+    fn advance(&mut self) -> Result<(), Halt> {
+        while self.left == 0 {
+            let due = self.due.next();
+            self.left =
+                due.ok_or_else(|| damaged(&self.layer, "its index points beyond its end"))?;
+            self.turn += 1;
         }
-        let raw = usize::try_from(frame.raw).unwrap_or(usize::MAX);
-        self.current = self
-            .decompressor
-            .decompress(&stored, raw)
-            .ok()
-            .filter(|bytes| bytes.len() == raw)
-            .ok_or_else(|| damaged(&self.layer, "a frame does not unpack to its size"))?;
+        self.left -= 1;
+        // Free before the next one is taken.
+        self.current = Vec::new();
+        let lane = &self.lanes[(self.turn - 1) % self.lanes.len()];
+        (self.start, self.current) = lane.recv().map_err(|_| Halt::Stopped)??;
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_wanted_frames_are_asked_for_and_neighbours_together() {
+        let frame = |stored| Frame {
+            raw: 10,
+            stored,
+            sha256: String::new(),
+        };
+        let table = [frame(100), frame(RANGE), frame(5), frame(6), frame(7)];
+        let places = |wanted: [bool; 5]| -> Vec<(u64, u64, u64)> {
+            let requests = plan(&table, &wanted);
+            let first = |request: &Request| request.frames[0].0;
+            requests
+                .iter()
+                .map(|request| (request.offset, request.length, first(request)))
+                .collect()
+        };
+        assert_eq!(places([false; 5]), []);
+        assert_eq!(
+            places([true; 5]),
+            [(0, 100, 0), (100, RANGE, 10), (100 + RANGE, 18, 20)]
+        );
+        assert_eq!(
+            places([true, false, true, false, true]),
+            [(0, 100, 0), (100 + RANGE, 5, 20), (111 + RANGE, 7, 40)]
+        );
     }
 }

@@ -38,7 +38,7 @@ pub fn header(entry: &Entry, segments: Option<&[(u64, u64)]>) -> Vec<u8> {
             name.push(b'/');
             header.set_entry_type(EntryType::Directory);
         }
-        Kind::File => header.set_entry_type(EntryType::Regular),
+        Kind::File | Kind::Deleted => header.set_entry_type(EntryType::Regular),
         Kind::Symlink => header.set_entry_type(EntryType::Symlink),
         Kind::Hardlink => header.set_entry_type(EntryType::Link),
     }

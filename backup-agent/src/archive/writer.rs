@@ -9,15 +9,16 @@ use std::{
 use sha2::{Digest, Sha256};
 
 use super::{
-    entry::{Entry, Extent},
+    entry::{Entry, Extent, Kind},
     footer::{self, Footer},
-    frames::FrameWriter,
+    frames::{Effort, FrameWriter},
     index::{IndexWriter, LayerHeader, compress_header},
     parts::{PartWriter, UploadStopped},
     tarball::{self, TRAILER, padding},
 };
 use crate::{
     error::Error,
+    local_index::Unreadable,
     snapshot::{
         id::hex,
         record::{FORMAT, Layer},
@@ -38,6 +39,12 @@ impl From<UploadStopped> for Halt {
     }
 }
 
+impl From<Unreadable> for Halt {
+    fn from(unreadable: Unreadable) -> Self {
+        Self::Failed(unreadable.into())
+    }
+}
+
 impl From<Error> for Halt {
     fn from(error: Error) -> Self {
         Self::Failed(error)
@@ -50,15 +57,19 @@ pub struct LayerWriter {
     frames: FrameWriter,
     /// The index's lines wait in a file, because they follow the data and their number has no bound.
     lines: IndexWriter,
+    /// The last path that a whiteout was written for: it stands for everything below, too.
+    gone: Option<Vec<u8>>,
 }
 
 impl LayerWriter {
     /// A layer that goes to `sink`; `spool` is an empty file for the index.
-    pub fn new(id: &str, sink: PartWriter, spool: File) -> Result<Self, Error> {
+    pub fn new(id: &str, sink: PartWriter, spool: File, effort: Effort) -> Result<Self, Error> {
         Ok(Self {
             id: id.to_owned(),
-            frames: FrameWriter::new(sink).map_err(Error::local("set up", "zstd"))?,
+            frames: FrameWriter::new(sink, effort)
+                .map_err(Error::local("start", "the compression"))?,
             lines: IndexWriter::new(spool).map_err(Error::local("set up", "zstd"))?,
+            gone: None,
         })
     }
 
@@ -87,6 +98,27 @@ impl LayerWriter {
         entry.sha256 = Some(hex(&sum.finalize()));
         entry.extents = extents(&segments, entry.size, start);
         self.index(entry)
+    }
+
+    /// Appends a deletion: a line in the index, and for tar a whiteout as OCI images have them.
+    pub fn delete(&mut self, path: &[u8]) -> Result<(), Halt> {
+        let is_below = |outer: &Vec<u8>| {
+            path.strip_prefix(&outer[..])
+                .is_some_and(|rest| rest.starts_with(b"/"))
+        };
+        if !self.gone.as_ref().is_some_and(is_below) {
+            let name = path
+                .iter()
+                .rposition(|byte| *byte == b'/')
+                .map_or(0, |slash| slash + 1);
+            let whiteout = Entry {
+                kind: Kind::File,
+                ..Entry::deleted([&path[..name], b".wh.", &path[name..]].concat())
+            };
+            self.frames.write(&tarball::header(&whiteout, None))?;
+            self.gone = Some(path.to_vec());
+        }
+        self.index(&Entry::deleted(path.to_vec()))
     }
 
     /// Ends the layer: index and footer follow the data.
@@ -141,6 +173,7 @@ impl LayerWriter {
         Ok(Layer {
             id: self.id,
             size,
+            raw_size,
             sha256: hex(&sha256),
             index_offset,
             index_size,
@@ -149,9 +182,10 @@ impl LayerWriter {
     }
 
     fn index(&mut self, entry: &Entry) -> Result<(), Halt> {
-        // The stamp is about this disk; it has no meaning on the store.
+        // What is about this disk and this snapshot has no meaning in a layer.
         let line = Entry {
             stamp: None,
+            layers: Vec::new(),
             ..entry.clone()
         };
         let written = self.lines.entry(&line);

@@ -8,25 +8,31 @@ use std::{path::PathBuf, time::Instant};
 use serde_json::json;
 use tokio::sync::mpsc;
 
-use super::{Answer, fenced, human_bytes, trust};
+use super::{
+    Answer, describe, fenced, human_bytes, trust,
+    unpack::{fetch_indexes, reindex},
+};
 use crate::{
     archive::{
-        entry::{Kind, display},
+        entry::{Entry, Kind, display},
         parts::{PartWriter, part_size},
         writer::{Halt, LayerWriter},
     },
     config::Config,
     error::Error,
-    local_index::{LocalIndex, Racy, file_clock, is_tree_same},
+    local_index::{
+        Known, LocalIndex, Racy, Survey, Trust, Unreadable, Walk, is_changed, is_tree_same, survey,
+    },
     log,
     snapshot::{
         head::{self, Head, Seen, Swap},
         id,
+        layers::taken_over,
         record::{self, Consistency, FORMAT, Layer, Record, Totals},
         sealed,
     },
-    state::{Described, State},
-    store::{Part, Store, StoreError},
+    state::{Described, State, Which},
+    store::{Store, StoreError},
     tree::{
         exclude::Excludes,
         identity::with_identity,
@@ -46,8 +52,18 @@ pub async fn run(config: &Config, store: &dyn Store, fork: bool) -> Result<Answe
         let writer = state.facts.writer.clone().unwrap_or_default();
         return Err(fenced(head::read(store).await?.as_ref(), &writer, None));
     }
-    if let Some(known) = unchanged(config, &state, fork).await? {
-        return Ok(answer(&known, None, begun));
+    let known = state.facts.snapshot.clone();
+    let mut base = match &known {
+        Some(known) => compare(config, &state, &known.id, &known.layers).await?,
+        None => None,
+    };
+    if let (Some(known), Some(base)) = (&known, &base)
+        && base.survey.changes == 0
+    {
+        let newest = (state.facts.head.as_ref()).and_then(|head| head.snapshot.as_ref());
+        if known.fork == fork && (fork || newest == Some(&known.id)) {
+            return Ok(answer(known, None, begun));
+        }
     }
 
     let writer = match config.boot_id.clone().or(state.facts.writer.clone()) {
@@ -62,16 +78,31 @@ pub async fn run(config: &Config, store: &dyn Store, fork: bool) -> Result<Answe
     trust(config, store, &mut state).await?;
     let seen = head::read(store).await?;
     let is_ours = fork || may_follow(seen.as_ref(), &state, &writer);
-
-    let (snapshot, time) = id::new().map_err(Error::local("read", "random bytes"))?;
-    let (layer, totals, consistency) = upload(config, store, &state, &snapshot).await?;
     let parent = if is_ours && !fork {
         seen.as_ref()
             .and_then(|seen| Some((seen.head.snapshot.clone()?, seen.head.sequence)))
     } else {
-        let known = state.facts.snapshot.as_ref();
         known.map(|known| (known.id.clone(), known.sequence))
     };
+
+    base = base.filter(|base| parent.as_ref().is_some_and(|(id, _)| *id == base.snapshot));
+    if let (None, Some((id, _))) = (&base, &parent) {
+        base = rebuild(config, store, &state, id).await?;
+        if let Some(base) = &base
+            && base.survey.changes == 0
+            && is_ours
+            && !fork
+        {
+            // The index was lost, and nothing else.
+            let described = describe(&record::read(store, &base.snapshot).await?);
+            seen.map(|seen| state.facts.hold(seen));
+            state.remember_tree(&config.root, Some(described.clone()))?;
+            return Ok(answer(&described, None, begun));
+        }
+    }
+
+    let (snapshot, time) = id::new().map_err(Error::local("read", "random bytes"))?;
+    let taken = upload(config, store, &state, &snapshot, base).await?;
     let record = Record {
         format: FORMAT,
         id: snapshot.clone(),
@@ -80,10 +111,10 @@ pub async fn run(config: &Config, store: &dyn Store, fork: bool) -> Result<Answe
         time,
         writer: writer.clone(),
         tool: env!("CARGO_PKG_VERSION").to_owned(),
-        consistency,
+        consistency: taken.consistency,
         fork: fork || !is_ours,
-        totals,
-        layers: vec![layer],
+        totals: taken.totals,
+        layers: taken.layers,
     };
     let key = record::key(&snapshot);
     match store.put_if(&key, sealed::seal(&record), None).await {
@@ -109,39 +140,69 @@ pub async fn run(config: &Config, store: &dyn Store, fork: bool) -> Result<Answe
     }
     state.keep_index()?;
     let described = Described {
-        id: snapshot,
-        time: record.time.clone(),
-        sequence: record.sequence,
-        files: totals.files,
         fork,
+        ..describe(&record)
     };
     state.remember_tree(&config.root, Some(described.clone()))?;
     Ok(answer(&described, Some(&record), begun))
 }
 
-/// The last snapshot, if the tree still equals it and it is what the store would give back.
-async fn unchanged(config: &Config, state: &State, fork: bool) -> Result<Option<Described>, Error> {
-    let Some(known) = state.facts.snapshot.clone() else {
-        return Ok(None);
-    };
-    let newest = state
-        .facts
-        .head
-        .as_ref()
-        .and_then(|head| head.snapshot.as_ref());
-    if known.fork != fork || (!fork && newest != Some(&known.id)) {
-        return Ok(None);
-    }
-    let Some(index) = state.index() else {
+/// The snapshot that a new one is built on: the local index is about it.
+struct Base {
+    snapshot: String,
+    layers: Vec<Layer>,
+    survey: Survey,
+}
+
+/// What changed since a snapshot, by the local index; `None` when that is not of this snapshot or damaged.
+async fn compare(
+    config: &Config,
+    state: &State,
+    snapshot: &str,
+    layers: &[Layer],
+) -> Result<Option<Base>, Error> {
+    let Some(file) = state.index(Which::Last) else {
         return Ok(None);
     };
     let (root, excludes) = (config.root.clone(), config.excludes.clone());
-    let snapshot = known.id.clone();
-    let is_same = with_identity(config.identity, "walk", move || {
-        is_tree_same(&root, &excludes, index, &snapshot, Racy::Read)
-    })
-    .await??;
-    Ok(is_same.then_some(known))
+    let base = (snapshot.to_owned(), layers.to_vec());
+    let surveyed = with_identity(config.identity, "walk", move || {
+        let (snapshot, layers) = base;
+        let known = Known::open(file, &snapshot, layers.len())?;
+        let survey = survey(&root, &excludes, known, &layers)?;
+        Ok(Base {
+            snapshot,
+            layers,
+            survey,
+        })
+    });
+    match surveyed.await? {
+        Ok(base) => Ok(Some(base)),
+        Err(Walk::Failed(error)) => Err(error),
+        Err(Walk::Differs | Walk::Unreadable) => Ok(None),
+    }
+}
+
+/// Makes the local index again from the layers of a snapshot, by comparing contents: nothing is uploaded that is there.
+async fn rebuild(
+    config: &Config,
+    store: &dyn Store,
+    state: &State,
+    snapshot: &str,
+) -> Result<Option<Base>, Error> {
+    let record = match record::read(store, snapshot).await {
+        Ok(record) => record,
+        // It was removed: nothing can be built on it.
+        Err(Error::UnknownSnapshot { .. }) => return Ok(None),
+        Err(error) => return Err(error),
+    };
+    log::info(
+        "there is no local index of the last snapshot; comparing contents",
+        &[("snapshot", snapshot.into())],
+    );
+    let indexes = fetch_indexes(store, state, &record).await?;
+    reindex(config, state, &record, &indexes, Trust::Compare).await?;
+    compare(config, state, snapshot, &record.layers).await
 }
 
 /// Whether a snapshot of ours may follow the head: it is ours, nobody's, or as we left it. A runtime has claimed the head
@@ -168,24 +229,51 @@ fn lose(state: &mut State, writer: &str, holder: Option<&Seen>, snapshot: &str) 
     fenced(holder, writer, Some(snapshot))
 }
 
-/// Reads the tree into one layer and uploads it at the same time.
+/// What a backup made before it is given a name.
+struct Taken {
+    layers: Vec<Layer>,
+    totals: Totals,
+    consistency: Consistency,
+}
+
+/// Reads what changed into one layer and uploads it at the same time.
 async fn upload(
     config: &Config,
     store: &dyn Store,
     state: &State,
     snapshot: &str,
-) -> Result<(Layer, Totals, Consistency), Error> {
+    base: Option<Base>,
+) -> Result<Taken, Error> {
+    let base = match base {
+        Some(base) => base,
+        None => from_nothing(config).await?,
+    };
+    let known = match (state.index(Which::Last), base.layers.len()) {
+        (_, 0) => Ok(Known::nothing()),
+        (Some(file), layers) => Known::open(file, &base.snapshot, layers),
+        (None, _) => Err(Unreadable),
+    };
+    let taken = taken_over(&base.survey.layers, base.survey.changed);
+    let live = base.survey.layers.iter().zip(&taken);
+    let size = live.fold(base.survey.changed, |sum, (layer, taken)| {
+        sum.saturating_add(if *taken { layer.live } else { 0 })
+    });
     let (layer_id, _) = id::new().map_err(Error::local("read", "random bytes"))?;
     let key = record::layer_key(&layer_id);
     let (sender, receiver) = mpsc::channel(WAITING_PARTS);
     let pass = Pass {
         root: config.root.clone(),
         excludes: config.excludes.clone(),
-        snapshot: snapshot.to_owned(),
-        layer: layer_id,
-        spool: state.scratch("layer-index.new")?,
-        index: state.index_under_way()?,
-        sender,
+        known: known?,
+        words: Words::new(&taken),
+        layer: LayerWriter::new(
+            &layer_id,
+            PartWriter::new(sender, part_size(size)),
+            state.nameless()?,
+            config.effort,
+        )?,
+        index: LocalIndex::new(state.index_under_way()?, snapshot)?,
+        totals: Totals::default(),
     };
     let read = with_identity(config.identity, "reader", move || pass.run());
     let (uploaded, read) = tokio::join!(store.upload(&key, receiver), read);
@@ -195,72 +283,107 @@ async fn upload(
         (Ok(()), Err(Halt::Stopped)) => return Err(Error::Internal("upload")),
         (Ok(()), Ok(read)) => read,
     };
-    // If nothing changed since the walk began, then the tree was at any moment in between what the snapshot has.
-    let index = state.read_index_under_way()?;
+    let kept = base.layers.into_iter().zip(taken);
+    let mut layers: Vec<Layer> = kept
+        .filter_map(|(layer, taken)| (!taken).then_some(layer))
+        .collect();
+    layers.push(layer);
+    Ok(Taken {
+        consistency: consistency(config, state, snapshot, layers.len()).await?,
+        layers,
+        totals,
+    })
+}
+
+async fn from_nothing(config: &Config) -> Result<Base, Error> {
     let (root, excludes) = (config.root.clone(), config.excludes.clone());
-    let snapshot = snapshot.to_owned();
+    let surveyed = with_identity(config.identity, "walk", move || {
+        survey(&root, &excludes, Known::nothing(), &[])
+    });
+    match surveyed.await? {
+        Ok(survey) => Ok(Base {
+            snapshot: String::new(),
+            layers: Vec::new(),
+            survey,
+        }),
+        Err(Walk::Failed(error)) => Err(error),
+        Err(Walk::Differs | Walk::Unreadable) => Err(Unreadable.into()),
+    }
+}
+
+/// If nothing changed since the walk began, then the tree was at any moment in between what the snapshot has.
+async fn consistency(
+    config: &Config,
+    state: &State,
+    snapshot: &str,
+    layers: usize,
+) -> Result<Consistency, Error> {
+    let index = state.index(Which::UnderWay);
+    let Some(known) = index.and_then(|file| Known::open(file, snapshot, layers).ok()) else {
+        return Err(Unreadable.into());
+    };
+    let (root, excludes) = (config.root.clone(), config.excludes.clone());
     let is_same = with_identity(config.identity, "walk", move || {
-        is_tree_same(&root, &excludes, index, &snapshot, Racy::Changed)
+        is_tree_same(&root, &excludes, known, Racy::Changed)
     })
     .await??;
-    let consistency = if is_same {
+    Ok(if is_same {
         Consistency::Instant
     } else {
         Consistency::PerFile
-    };
-    Ok((layer, totals, consistency))
+    })
 }
 
-/// One reading of the whole tree, on a thread with the gateway user's rights; its files were opened before.
+/// Which layers have a word on a path, in the numbers of the new snapshot.
+struct Words {
+    /// For each layer of the old snapshot; none if it is taken over.
+    numbers: Vec<Option<u32>>,
+    /// Of the layer that is being written.
+    own: u32,
+}
+
+impl Words {
+    fn new(taken: &[bool]) -> Self {
+        let mut own = 0;
+        let numbers = taken.iter().map(|taken| {
+            let number = (!taken).then_some(own);
+            own += u32::from(!taken);
+            number
+        });
+        let numbers = numbers.collect();
+        Self { numbers, own }
+    }
+
+    /// The layers that go on having a word on it.
+    fn left(&self, entry: &Entry) -> Vec<u32> {
+        let number = |old: &u32| self.numbers.get(*old as usize).copied().flatten();
+        entry.layers.iter().filter_map(number).collect()
+    }
+
+    /// Whether the layer that decides about it stays.
+    fn is_kept(&self, entry: &Entry) -> bool {
+        let last = entry.layers.last();
+        last.is_some_and(|old| self.numbers.get(*old as usize).copied().flatten().is_some())
+    }
+}
+
+/// One reading of the tree, on a thread with the gateway user's rights; its files were opened before.
 struct Pass {
     root: PathBuf,
     excludes: Excludes,
-    snapshot: String,
-    layer: String,
-    spool: std::fs::File,
-    index: std::fs::File,
-    sender: mpsc::Sender<Part>,
+    known: Known,
+    words: Words,
+    layer: LayerWriter,
+    index: LocalIndex,
+    totals: Totals,
 }
 
 impl Pass {
-    fn run(self) -> Result<(Layer, Totals), Halt> {
-        let size = part_size(estimate(&self.root, &self.excludes)?);
-        let mut layer =
-            LayerWriter::new(&self.layer, PartWriter::new(self.sender, size), self.spool)?;
-        let mut index = LocalIndex::new(self.index, &self.snapshot, file_clock()?)?;
-        let mut totals = Totals::default();
+    fn run(mut self) -> Result<(Layer, Totals), Halt> {
+        let (root, excludes) = (self.root.clone(), self.excludes.clone());
         let mut skipped = 0;
-        let visit = |found: Found<'_>| {
-            let mut entry = found.entry;
-            if entry.kind == Kind::File {
-                let Ok(Some(mut content)) = read::open(found.parent, found.name) else {
-                    return Ok::<_, Halt>(Verdict::Skipped);
-                };
-                // What is recorded is the file that was opened, not the one that was listed.
-                entry = scan::entry(&entry.path, Kind::File, content.status());
-                let Ok(xattrs) = read::xattrs(content.file()) else {
-                    return Ok(Verdict::Skipped);
-                };
-                entry.xattrs = xattrs;
-                layer.add_file(&mut entry, &mut content)?;
-                totals.files += 1;
-                totals.bytes += content
-                    .segments()
-                    .iter()
-                    .map(|(_, length)| length)
-                    .sum::<u64>();
-            } else {
-                if let Some(directory) = found.directory {
-                    entry.xattrs = read::xattrs(directory)
-                        .map_err(Error::local("read the attributes of", entry.display()))?;
-                }
-                layer.add(&entry)?;
-            }
-            totals.entries += 1;
-            index.entry(&entry)?;
-            Ok(Verdict::Taken)
-        };
-        scan::walk(&self.root, &self.excludes, visit, |path, reason| {
+        let visit = |found: Found<'_>| self.visit(found);
+        scan::walk(&root, &excludes, visit, |path, reason| {
             skipped += 1;
             let path = display(path);
             log::warn(
@@ -268,25 +391,100 @@ impl Pass {
                 &[("path", path.into()), ("reason", reason.into())],
             );
         })?;
-        index.finish()?;
-        let layer = layer.finish()?;
-        totals.skipped = skipped;
-        totals.stored_bytes = layer.size;
-        Ok((layer, totals))
+        while let Some(gone) = self.known.rest()? {
+            self.gone(gone)?;
+        }
+        self.index.finish()?;
+        let layer = self.layer.finish()?;
+        self.totals.skipped = skipped;
+        self.totals.stored_bytes = layer.size;
+        Ok((layer, self.totals))
     }
-}
 
-/// About how large the layer can become: parts have to have one size, chosen before the first.
-fn estimate(root: &std::path::Path, excludes: &Excludes) -> Result<u64, Error> {
-    /// Headers and an index line.
-    const ENTRY: u64 = 2048;
-    let mut bytes = 0_u64;
-    let visit = |found: Found<'_>| {
-        bytes = bytes.saturating_add(found.allocated + ENTRY);
-        Ok::<_, Error>(Verdict::Taken)
-    };
-    scan::walk(root, excludes, visit, |_, _| ())?;
-    Ok(bytes)
+    fn visit(&mut self, found: Found<'_>) -> Result<Verdict, Halt> {
+        while let Some(gone) = self.known.before(&found.entry.path)? {
+            self.gone(gone)?;
+        }
+        let known = self.known.at(&found.entry.path)?;
+        let mut layers = Vec::new();
+        if let Some(mut known) = known {
+            layers = self.words.left(&known);
+            if self.words.is_kept(&known)
+                && !is_changed(&found, &known, self.known.started, Racy::Read)
+            {
+                known.layers = layers;
+                self.count(&known);
+                self.index.entry(&known)?;
+                return Ok(Verdict::Taken);
+            }
+        }
+        let path = found.entry.path.clone();
+        let Some(mut entry) = self.write(found)? else {
+            // As if it were not there: an older layer must not fill in for it.
+            self.hide(path, layers)?;
+            return Ok(Verdict::Skipped);
+        };
+        layers.push(self.words.own);
+        entry.layers = layers;
+        self.count(&entry);
+        self.index.entry(&entry)?;
+        Ok(Verdict::Taken)
+    }
+
+    /// Puts an entry into the layer; `None` when it cannot be read.
+    fn write(&mut self, found: Found<'_>) -> Result<Option<Entry>, Halt> {
+        let mut entry = found.entry;
+        if entry.kind == Kind::File {
+            let Ok(Some(mut content)) = read::open(found.parent, found.name) else {
+                return Ok(None);
+            };
+            // What is recorded is the file that was opened, not the one that was listed.
+            entry = scan::entry(&entry.path, Kind::File, content.status());
+            let Ok(xattrs) = read::xattrs(content.file()) else {
+                return Ok(None);
+            };
+            entry.xattrs = xattrs;
+            self.layer.add_file(&mut entry, &mut content)?;
+        } else {
+            if let Some(directory) = found.directory {
+                entry.xattrs = read::xattrs(directory)
+                    .map_err(Error::local("read the attributes of", entry.display()))?;
+            }
+            self.layer.add(&entry)?;
+        }
+        Ok(Some(entry))
+    }
+
+    /// A path that the last snapshot has a word on and the tree has not.
+    fn gone(&mut self, mut known: Entry) -> Result<(), Halt> {
+        let layers = self.words.left(&known);
+        if known.kind == Kind::Deleted && self.words.is_kept(&known) {
+            known.layers = layers;
+            return Ok(self.index.entry(&known)?);
+        }
+        self.hide(known.path, layers)
+    }
+
+    /// Deletes a path, if any of the older layers has it.
+    fn hide(&mut self, path: Vec<u8>, mut layers: Vec<u32>) -> Result<(), Halt> {
+        if layers.is_empty() {
+            return Ok(());
+        }
+        self.layer.delete(&path)?;
+        layers.push(self.words.own);
+        Ok(self.index.entry(&Entry {
+            layers,
+            ..Entry::deleted(path)
+        })?)
+    }
+
+    fn count(&mut self, entry: &Entry) {
+        self.totals.entries += 1;
+        if entry.kind == Kind::File {
+            self.totals.files += 1;
+            self.totals.bytes += entry.data();
+        }
+    }
 }
 
 fn answer(described: &Described, record: Option<&Record>, begun: Instant) -> Answer {

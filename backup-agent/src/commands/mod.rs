@@ -14,8 +14,11 @@ use crate::{
     cli::Verb,
     config::Config,
     error::Error,
-    snapshot::head::{Head, Seen},
-    state::State,
+    snapshot::{
+        head::{Head, Seen},
+        record::Record,
+    },
+    state::{Described, State},
     store::{Store, check_conditions},
     tree::identity,
 };
@@ -39,9 +42,11 @@ pub async fn run(config: &Config, store: &Arc<dyn Store>, verb: &Verb) -> Result
     }
     match verb {
         Verb::Backup { fork } => backup::run(config, store.as_ref(), *fork).await,
-        Verb::Restore { snapshot, target } => {
-            restore::run(config, store.as_ref(), snapshot, target.as_deref()).await
-        }
+        Verb::Restore {
+            snapshot,
+            target,
+            paths,
+        } => restore::run(config, store.as_ref(), snapshot, target.as_deref(), paths).await,
         Verb::List => list::run(config, store.as_ref()).await,
     }
 }
@@ -89,6 +94,18 @@ fn human_bytes(bytes: u64) -> String {
     }
     let tenths = (u128::from(bytes) * 10) >> (10 * unit);
     format!("{}.{} {}", tenths / 10, tenths % 10, UNITS[unit])
+}
+
+/// A snapshot of the history in a few words.
+fn describe(record: &Record) -> Described {
+    Described {
+        id: record.id.clone(),
+        time: record.time.clone(),
+        sequence: record.sequence,
+        files: record.totals.files,
+        fork: false,
+        layers: record.layers.clone(),
+    }
 }
 
 /// The head that follows a claim without a new snapshot.

@@ -8,25 +8,27 @@ use std::{fs, path::Path, time::Instant};
 use serde_json::json;
 
 use super::{
-    Answer, claimed, human_bytes, trust,
-    unpack::{Unpacked, reindex, unpack},
+    Answer, claimed, describe, human_bytes, trust,
+    unpack::{Unpacked, fetch_indexes, reindex, unpack},
 };
 use crate::{
     archive::entry::Kind,
     config::Config,
     error::Error,
-    local_index::{Racy, is_tree_same},
+    local_index::{Known, Racy, Trust, is_tree_same},
     log,
     snapshot::{
         head::{self, Seen, Swap},
         id,
         record::{self, Record},
     },
-    state::{Described, State},
+    state::{Described, State, Which},
     store::Store,
     tree::{
+        apply::Old,
+        exclude::Selection,
         identity::with_identity,
-        scan::{self, Found, Verdict},
+        scan::{self, Found, Verdict, open_root},
         swap::Staging,
     },
 };
@@ -63,6 +65,7 @@ pub async fn run(
     store: &dyn Store,
     wanted: &str,
     target: Option<&Path>,
+    paths: &[String],
 ) -> Result<Answer, Error> {
     let begun = Instant::now();
     if wanted != "latest" && !id::is_valid(wanted) {
@@ -71,7 +74,10 @@ pub async fn run(
     }
     let mut state = State::open(config).await?;
     if let Some(target) = target {
-        let done = to_target(config, store, &state, wanted, target).await?;
+        let selection = (!paths.is_empty()).then(|| Selection::new(paths)).transpose();
+        let selection = selection
+            .map_err(|problem| Error::Settings(vec![format!("cannot use --path: {problem}")]))?;
+        let done = to_target(config, store, &state, wanted, target, selection).await?;
         return Ok(answer(&done, target, begun));
     }
     for _ in 0..ROUNDS {
@@ -92,6 +98,7 @@ async fn to_target(
     state: &State,
     wanted: &str,
     target: &Path,
+    selection: Option<Selection>,
 ) -> Result<Done, Error> {
     let target = std::path::absolute(target).map_err(Error::local("find", target))?;
     match fs::read_dir(&target).map(|mut entries| entries.next().is_some()) {
@@ -106,7 +113,8 @@ async fn to_target(
     let seen = head::read(store).await?;
     let record = choose(config, store, wanted, seen.as_ref()).await?;
     let staging = Staging::new(&target, config.identity)?;
-    let unpacked = unpack(config, store, state, &record, &staging).await?;
+    let indexes = fetch_indexes(store, state, &record).await?;
+    let unpacked = unpack(config, store, &record, &indexes, &staging, selection, None).await?;
     staging.put_in_place(&target)?;
     Ok(Done::new(&record, unpacked))
 }
@@ -160,13 +168,16 @@ async fn to_root(
     }
 
     let staging = Staging::new(&config.root, config.identity)?;
-    let unpacked = unpack(config, store, state, &record, &staging).await?;
+    let indexes = fetch_indexes(store, state, &record).await?;
+    // Only a runtime knows that nobody works in the old tree.
+    let old = open_root(&config.root).map(|root| Old::new(root, claimer.is_some()));
+    let unpacked = unpack(config, store, &record, &indexes, &staging, None, old.ok()).await?;
     let Some(seen) = take_over(store, seen, &record, claimer).await? else {
         return Ok(None);
     };
     state.forget_tree()?;
     staging.put_in_place(&config.root)?;
-    reindex(config, state, &record).await?;
+    reindex(config, state, &record, &indexes, Trust::Restored).await?;
     hold(state, seen, claimer);
     state.remember_tree(&config.root, Some(describe(&record)))?;
     Ok(Some(Done::new(&record, unpacked)))
@@ -327,28 +338,19 @@ fn hold(state: &mut State, seen: Option<Seen>, claimer: Option<&str>) {
     }
 }
 
-fn describe(record: &Record) -> Described {
-    Described {
-        id: record.id.clone(),
-        time: record.time.clone(),
-        sequence: record.sequence,
-        files: record.totals.files,
-        fork: false,
-    }
-}
-
 async fn is_there_already(config: &Config, state: &State, record: &Record) -> Result<bool, Error> {
     let is_known = |known: &Described| known.id == record.id;
     if !state.facts.snapshot.as_ref().is_some_and(is_known) || !state.is_root_known(&config.root) {
         return Ok(false);
     }
-    let Some(index) = state.index() else {
+    let index = state.index(Which::Last);
+    let known = index.and_then(|file| Known::open(file, &record.id, record.layers.len()).ok());
+    let Some(known) = known else {
         return Ok(false);
     };
     let (root, excludes) = (config.root.clone(), config.excludes.clone());
-    let snapshot = record.id.clone();
     with_identity(config.identity, "walk", move || {
-        is_tree_same(&root, &excludes, index, &snapshot, Racy::Read)
+        is_tree_same(&root, &excludes, known, Racy::Read)
     })
     .await?
 }

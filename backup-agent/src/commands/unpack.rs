@@ -1,33 +1,33 @@
-//! From a snapshot on the store to a tree on the disk: download, check, unpack, all at once and as a stream.
+//! From a snapshot on the store to a tree on the disk: plan, download, check, unpack.
+//!
+//! The indexes are merged first: that says which paths there are, which layer has each, and so which parts of the layers
+//! are needed. Directories are made on the way. Then every layer is read once, forward, and at last links and the status
+//! of directories are put on top.
 
-use std::io::{Seek, SeekFrom};
+use std::collections::HashSet;
 
 use nix::unistd::Uid;
-use tokio::sync::mpsc;
 
 use crate::{
     archive::{
-        entry::compare,
-        index::IndexReader,
-        reader::{RawStream, check_header, fetch_frames, fetch_index},
+        entry::{Entry, Extent, Kind},
+        merge::{Merge, Source},
+        reader::{LayerIndex, RawStream, stream},
         writer::Halt,
     },
     config::Config,
     error::Error,
-    local_index::{LocalIndex, file_clock},
-    snapshot::record::{self, Layer, Record},
+    local_index::{Trust, adopt},
+    snapshot::record::{self, Record},
     state::State,
     store::Store,
     tree::{
-        apply::Applier,
+        apply::{Applier, Old, is_above},
+        exclude::Selection,
         identity::with_identity,
-        scan::{self, Found, Verdict},
         swap::Staging,
     },
 };
-
-/// Frames that wait between download and unpacking.
-const WAITING_FRAMES: usize = 2;
 
 /// What it took.
 #[derive(Clone, Copy)]
@@ -37,94 +37,264 @@ pub struct Unpacked {
     pub downloaded: u64,
 }
 
-/// Downloads, checks and unpacks a snapshot.
-pub async fn unpack(
-    config: &Config,
+/// Fetches the indexes of all layers of a snapshot, oldest first.
+pub async fn fetch_indexes(
     store: &dyn Store,
     state: &State,
     record: &Record,
-    staging: &Staging,
-) -> Result<Unpacked, Error> {
-    let layer = only_layer(record)?;
-    let mut index = state.scratch("layer-index.new")?;
-    fetch_index(store, &layer, &mut index).await?;
-    index
-        .seek(SeekFrom::Start(0))
-        .map_err(Error::local("read", "the index under way"))?;
-    let unreadable = {
-        let key = record::layer_key(&layer.id);
-        move |error: std::io::Error| Error::Damaged {
-            key: key.clone(),
-            reason: format!("its index cannot be read: {error}"),
-        }
-    };
-    let mut lines = IndexReader::new(index).map_err(&unreadable)?;
-    let table = check_header(&layer, lines.line().map_err(&unreadable)?)?.frames;
+) -> Result<Vec<LayerIndex>, Error> {
+    let mut indexes = Vec::with_capacity(record.layers.len());
+    for layer in &record.layers {
+        indexes.push(LayerIndex::fetch(store, layer, state.nameless()?).await?);
+    }
+    Ok(indexes)
+}
 
-    let (sender, receiver) = mpsc::channel(WAITING_FRAMES);
-    let mut raw = RawStream::new(layer.clone(), table.clone(), receiver)?;
+/// Downloads, checks and unpacks what is selected of a snapshot. What `old` has already is taken from there.
+pub async fn unpack(
+    config: &Config,
+    store: &dyn Store,
+    record: &Record,
+    indexes: &[LayerIndex],
+    staging: &Staging,
+    selection: Option<Selection>,
+    old: Option<Old>,
+) -> Result<Unpacked, Error> {
     let is_owner_kept = Uid::effective().is_root() && config.identity.is_none();
-    let mut applier = Applier::new(staging.fd()?, is_owner_kept, record::layer_key(&layer.id));
-    let write = with_identity(config.identity, "writer", move || {
-        while let Some(entry) = lines.entry().map_err(&unreadable)? {
-            applier.apply(entry, &mut raw)?;
-        }
-        Ok::<_, Halt>(applier.finish()?)
-    });
-    let (fetched, written) = tokio::join!(fetch_frames(store, &layer, &table, sender), write);
-    let (files, bytes) = match (fetched.as_ref(), written?) {
-        (_, Ok(done)) => done,
-        (_, Err(Halt::Failed(error))) => return Err(error),
-        (Err(_), Err(Halt::Stopped)) => (0, 0),
-        (Ok(_), Err(Halt::Stopped)) => return Err(Error::Internal("download")),
+    let source = record::key(&record.id);
+    let mut applier = Applier::new(staging.fd()?, is_owner_kept, old, source);
+    let mut merge = Merge::new(indexes)?;
+    let mut plan = Plan::new(indexes);
+    if let Some(selection) = selection {
+        plan.select(indexes, selection)?;
+    }
+    let damaged = |reason: &str| Error::Damaged {
+        key: record::key(&record.id),
+        reason: reason.to_owned(),
     };
+    let no_root = damaged("its first path is not the root directory");
+    let prepare = move || {
+        let mut is_first = true;
+        while let Some(word) = merge.next()? {
+            let is_root = word.entry.path.is_empty() && word.entry.kind == Kind::Dir;
+            if std::mem::take(&mut is_first) && !is_root {
+                return Err(no_root);
+            }
+            plan.add(&word.entry, word.layer, word.ordinal, &mut applier)?;
+        }
+        Ok::<_, Error>((plan, applier))
+    };
+    let (plan, mut applier) = with_identity(config.identity, "planner", prepare).await??;
+    if plan.live.iter().all(Marks::is_empty) {
+        if plan.selected.is_some() {
+            let problem = format!("cannot use --path: nothing in {} matches", record.id);
+            return Err(Error::Settings(vec![problem]));
+        }
+        return Err(damaged("its indexes have no paths"));
+    }
+
+    let mut downloaded = indexes.iter().map(|index| index.layer.index_size).sum();
+    let mut live = plan.live;
+    for ((index, wanted), live) in indexes.iter().zip(&plan.wanted).zip(&mut live) {
+        if !wanted.contains(&true) {
+            continue;
+        }
+        let (download, raw) = stream(index, wanted)?;
+        let entries = Source::new(index)?;
+        let marks = std::mem::take(live);
+        let write = with_identity(config.identity, "writer", move || {
+            let written = files(entries, &marks, raw, &mut applier);
+            written.map(|()| (marks, applier))
+        });
+        let (fetched, written) = tokio::join!(download.run(store), write);
+        (*live, applier) = match (fetched, written?) {
+            (Ok(bytes), Ok(done)) => {
+                downloaded += bytes;
+                done
+            }
+            (_, Err(Halt::Failed(error))) | (Err(error), _) => return Err(error),
+            (Ok(_), Err(Halt::Stopped)) => return Err(Error::Internal("download")),
+        };
+    }
+
+    let mut merge = Merge::new(indexes)?;
+    let complete = move || {
+        while let Some(word) = merge.next()? {
+            if live[word.layer].has(word.ordinal) {
+                applier.complete(word.entry)?;
+            }
+        }
+        applier.finish()
+    };
+    let (files, bytes) = with_identity(config.identity, "writer", complete).await??;
     Ok(Unpacked {
         files,
         bytes,
-        downloaded: fetched? + layer.index_size,
+        downloaded,
     })
 }
 
-/// The layer of a snapshot; this version writes and reads snapshots of one whole layer.
-fn only_layer(record: &Record) -> Result<Layer, Error> {
-    match &record.layers[..] {
-        [layer] => Ok(layer.clone()),
-        layers => Err(Error::Damaged {
-            key: record::key(&record.id),
-            reason: format!("it has {} layers, this version reads one", layers.len()),
-        }),
+/// Writes the files of one layer.
+fn files(
+    mut entries: Source,
+    marks: &Marks,
+    mut raw: RawStream,
+    applier: &mut Applier,
+) -> Result<(), Halt> {
+    let mut ordinal = 0;
+    while let Some(entry) = entries.take()? {
+        if entry.kind == Kind::File && marks.has(ordinal) {
+            applier.file(&entry, &mut raw)?;
+        }
+        ordinal += 1;
+    }
+    Ok(())
+}
+
+/// One bit for each entry of a layer.
+#[derive(Default)]
+struct Marks(Vec<u64>);
+
+impl Marks {
+    fn set(&mut self, ordinal: u64) {
+        let word = usize::try_from(ordinal / 64).unwrap_or(usize::MAX);
+        if self.0.len() <= word {
+            self.0.resize(word + 1, 0);
+        }
+        self.0[word] |= 1 << (ordinal % 64);
+    }
+
+    fn has(&self, ordinal: u64) -> bool {
+        let word = usize::try_from(ordinal / 64).ok();
+        let word = word.and_then(|word| self.0.get(word));
+        word.is_some_and(|word| word & (1 << (ordinal % 64)) != 0)
+    }
+
+    fn is_empty(&self) -> bool {
+        self.0.is_empty()
     }
 }
 
-/// Writes the local index of the tree that was just restored: hashes from the layer, stamps from the disk.
-pub async fn reindex(config: &Config, state: &State, record: &Record) -> Result<(), Error> {
-    let layer_index = state.read_scratch("layer-index.new")?;
-    let index = state.index_under_way()?;
+/// What of each layer is needed.
+struct Plan {
+    /// The entries that become part of the tree and are not there yet.
+    live: Vec<Marks>,
+    /// The frames that have something of them.
+    wanted: Vec<Vec<bool>>,
+    /// Where in the raw stream each frame ends.
+    ends: Vec<Vec<u64>>,
+    /// The entries that were asked for; all, without it.
+    selected: Option<Vec<Marks>>,
+}
+
+impl Plan {
+    fn new(indexes: &[LayerIndex]) -> Self {
+        let ends = |index: &LayerIndex| {
+            let mut end = 0_u64;
+            let ends = index.frames.iter().map(|frame| {
+                end = end.saturating_add(frame.raw);
+                end
+            });
+            ends.collect::<Vec<u64>>()
+        };
+        Self {
+            live: indexes.iter().map(|_| Marks::default()).collect(),
+            wanted: indexes
+                .iter()
+                .map(|index| vec![false; index.frames.len()])
+                .collect(),
+            ends: indexes.iter().map(ends).collect(),
+            selected: None,
+        }
+    }
+
+    /// Marks what the selection takes, the directories on the way there, and the files that selected hard links are names
+    /// of.
+    fn select(&mut self, indexes: &[LayerIndex], selection: Selection) -> Result<(), Error> {
+        let mut targets: HashSet<Vec<u8>> = HashSet::new();
+        let mut links = selection.clone();
+        let mut merge = Merge::new(indexes)?;
+        while let Some(word) = merge.next()? {
+            if links.takes(&word.entry) && word.entry.kind == Kind::Hardlink {
+                targets.extend(word.entry.link);
+            }
+        }
+        let mut selection = selection;
+        let mut selected: Vec<Marks> = indexes.iter().map(|_| Marks::default()).collect();
+        let mut around: Vec<(Vec<u8>, usize, u64)> = Vec::new();
+        let mut merge = Merge::new(indexes)?;
+        while let Some(word) = merge.next()? {
+            let path = &word.entry.path;
+            around.retain(|(outer, _, _)| is_above(outer, path));
+            let place = (word.layer, word.ordinal);
+            if selection.takes(&word.entry) || targets.contains(path) {
+                selected[place.0].set(place.1);
+                for (_, layer, ordinal) in around.drain(..) {
+                    selected[layer].set(ordinal);
+                }
+            } else if word.entry.kind == Kind::Dir {
+                around.push((path.clone(), place.0, place.1));
+            }
+        }
+        self.selected = Some(selected);
+        Ok(())
+    }
+
+    /// First pass over a path: directories are made, files are found in the old tree or marked.
+    fn add(
+        &mut self,
+        entry: &Entry,
+        layer: usize,
+        ordinal: u64,
+        applier: &mut Applier,
+    ) -> Result<(), Error> {
+        let is_selected = self
+            .selected
+            .as_ref()
+            .is_none_or(|selected| selected[layer].has(ordinal));
+        if entry.kind == Kind::Deleted || !is_selected {
+            return Ok(());
+        }
+        match entry.kind {
+            Kind::Dir => applier.directory(entry)?,
+            Kind::File if applier.reuse(entry)? => return Ok(()),
+            Kind::File => self.want(entry, layer),
+            Kind::Symlink | Kind::Hardlink | Kind::Deleted => {}
+        }
+        self.live[layer].set(ordinal);
+        Ok(())
+    }
+
+    fn want(&mut self, entry: &Entry, layer: usize) {
+        for extent in &entry.extents {
+            let Extent::Data { offset, length, .. } = *extent else {
+                continue;
+            };
+            let ends = &self.ends[layer];
+            let first = ends.partition_point(|end| *end <= offset);
+            let last = ends.partition_point(|end| *end < offset.saturating_add(length));
+            // What points beyond the end is found by whoever reads it.
+            for wanted in self.wanted[layer].iter_mut().take(last + 1).skip(first) {
+                *wanted = true;
+            }
+        }
+    }
+}
+
+/// Writes the local index of a snapshot's tree: words from the layers, stamps from the disk.
+pub async fn reindex(
+    config: &Config,
+    state: &State,
+    record: &Record,
+    indexes: &[LayerIndex],
+    trust: Trust,
+) -> Result<(), Error> {
+    let mut merge = Merge::new(indexes)?;
+    let file = state.index_under_way()?;
     let (root, excludes) = (config.root.clone(), config.excludes.clone());
     let snapshot = record.id.clone();
     with_identity(config.identity, "walk", move || {
-        let cannot_read = || Error::local("read", "the index under way");
-        let mut lines = IndexReader::new(layer_index).map_err(cannot_read())?;
-        // The header was judged before the restore.
-        lines.line().map_err(cannot_read())?;
-        let mut index = LocalIndex::new(index, &snapshot, file_clock()?)?;
-        let mut line = lines.entry().map_err(cannot_read())?;
-        let visit = |found: Found<'_>| {
-            let mut entry = found.entry;
-            while let Some(known) = line.take_if(|known| compare(&known.path, &entry.path).is_le())
-            {
-                line = lines.entry().map_err(cannot_read())?;
-                if known.path == entry.path {
-                    entry.sha256 = known.sha256;
-                    entry.extents = known.extents;
-                    entry.xattrs = known.xattrs;
-                }
-            }
-            index.entry(&entry)?;
-            Ok::<_, Error>(Verdict::Taken)
-        };
-        scan::walk(&root, &excludes, visit, |_, _| ())?;
-        index.finish()
+        adopt(&root, &excludes, &mut merge, &snapshot, file, trust)
     })
     .await??;
     state.keep_index()

@@ -9,6 +9,7 @@ use url::Url;
 use self::source::Source;
 
 use crate::{
+    archive::frames::Effort,
     cli::{Flags, Verb},
     error::Error,
     log,
@@ -78,6 +79,7 @@ pub struct Config {
     /// Whose rights file work is done with; `None`: the caller's.
     pub identity: Option<Identity>,
     pub excludes: Excludes,
+    pub effort: Effort,
     /// The operator answers for a store without conditional writes.
     pub is_unfenced_allowed: bool,
     /// Set when a runtime runs the agent: the name in which it owns the instance.
@@ -127,6 +129,10 @@ impl Config {
             state,
             identity: source.identity(),
             excludes: source.excludes(),
+            effort: Effort {
+                level: flags.level,
+                jobs: flags.jobs.map_or_else(default_jobs, usize::from),
+            },
             is_unfenced_allowed: match source.text("RUNTIME_STORE_UNFENCED").as_deref() {
                 None => false,
                 Some("allow") => true,
@@ -166,6 +172,12 @@ impl Config {
             self.instance
         )
     }
+}
+
+/// One for each processor, but no more than memory is promised for.
+fn default_jobs() -> usize {
+    const MOST: usize = 2;
+    std::thread::available_parallelism().map_or(1, |count| count.get().min(MOST))
 }
 
 /// Parses `500ms`, `30s`, `5m`, `2h`.

@@ -2,5 +2,6 @@
 
 pub mod head;
 pub mod id;
+pub mod layers;
 pub mod record;
 pub mod sealed;

@@ -68,6 +68,8 @@ pub struct Layer {
     pub id: String,
     /// Bytes of the object.
     pub size: u64,
+    /// Bytes of the tar stream in it.
+    pub raw_size: u64,
     /// Of the object.
     pub sha256: String,
     /// Where the index's content starts in the object.

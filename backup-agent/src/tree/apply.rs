@@ -1,37 +1,41 @@
 //! Makes a tree out of entries, in a fresh directory that nobody else writes to.
 //!
 //! Entries come from a store that may be hostile. Every name is one component opened below its parent's descriptor, links
-//! are made and never followed, and the order of the walk is enforced, so that no entry can replace or reach through
-//! another.
+//! are made and never followed. Three passes over the snapshot, each in the order of a walk: directories first, then files
+//! layer by layer, at last links, and the status of directories from the inside out, because whatever is made in one
+//! changes its time.
 
 use std::{
-    cmp::Ordering,
     ffi::CString,
     fs::File,
-    io::{Seek, SeekFrom, Write},
-    os::fd::{AsFd, OwnedFd},
+    io::{Read, Seek, SeekFrom, Write},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
 };
 
 use nix::{
+    errno::Errno,
     fcntl::{AtFlags, OFlag, openat},
     sys::{
         stat::{Mode, SFlag, UtimensatFlags, fchmod, fstatat, futimens, mkdirat, utimensat},
         time::TimeSpec,
     },
-    unistd::{Gid, Uid, fchown, fchownat, linkat, symlinkat},
+    unistd::{Gid, Uid, UnlinkatFlags, fchown, fchownat, linkat, symlinkat, unlinkat},
 };
 use sha2::{Digest, Sha256};
 
+use super::{
+    read,
+    scan::{self, DIRECTORY},
+};
 use crate::{
     archive::{
-        entry::{Entry, Extent, Kind, compare, display},
+        entry::{Entry, Extent, Kind, display},
         reader::RawStream,
         writer::Halt,
     },
     error::Error,
     log,
     snapshot::id::hex,
-    tree::scan::DIRECTORY,
 };
 
 /// Longest name of a component (`NAME_MAX`).
@@ -39,170 +43,120 @@ const LONGEST_NAME: usize = 255;
 
 /// Unpacks entries below one directory.
 pub struct Applier {
-    /// The directories down to the last entry; the first is the root of the new tree.
-    levels: Vec<Level>,
-    last: Option<Vec<u8>>,
+    tree: Cursor,
+    /// The tree that will be replaced: what is right in there need not come from the store.
+    old: Option<Old>,
     /// Owners can be given to files.
     is_owner_kept: bool,
     is_without_xattrs: bool,
+    /// Directories around the last entry of the last pass, whose status is still to be set.
+    open: Vec<Entry>,
     /// Key of what the entries come from, for errors.
     source: String,
     pub files: u64,
     pub bytes: u64,
 }
 
-struct Level {
-    fd: OwnedFd,
-    /// Its status is set when everything below is done, or its mtime would not stay.
-    entry: Entry,
+/// A tree to take files from.
+pub struct Old {
+    tree: Cursor,
+    /// Nobody else works in it: a file may be in both trees at once.
+    is_quiet: bool,
+}
+
+impl Old {
+    /// The tree below `root`.
+    pub fn new(root: OwnedFd, is_quiet: bool) -> Self {
+        Self {
+            tree: Cursor::new(root),
+            is_quiet,
+        }
+    }
 }
 
 impl Applier {
     /// An applier into `root`, an empty directory. `is_owner_kept`: the caller may give files away (it is root).
-    pub fn new(root: OwnedFd, is_owner_kept: bool, source: String) -> Self {
-        let placeholder = Entry {
-            path: Vec::new(),
-            kind: Kind::Dir,
-            mode: 0o700,
-            uid: Uid::effective().as_raw(),
-            gid: Gid::effective().as_raw(),
-            mtime: 0,
-            size: 0,
-            link: None,
-            sha256: None,
-            extents: Vec::new(),
-            xattrs: std::collections::BTreeMap::new(),
-            stamp: None,
-        };
+    pub fn new(root: OwnedFd, is_owner_kept: bool, old: Option<Old>, source: String) -> Self {
         Self {
-            levels: vec![Level {
-                fd: root,
-                entry: placeholder,
-            }],
-            last: None,
+            tree: Cursor::new(root),
+            old,
             is_owner_kept,
             is_without_xattrs: false,
+            open: Vec::new(),
             source,
             files: 0,
             bytes: 0,
         }
     }
 
-    /// Makes one entry.
-    pub fn apply(&mut self, entry: Entry, raw: &mut RawStream) -> Result<(), Halt> {
-        self.check_order(&entry)?;
+    /// First pass: makes a directory, with a mode that lets the other passes in.
+    pub fn directory(&mut self, entry: &Entry) -> Result<(), Error> {
         if entry.path.is_empty() {
-            if entry.kind != Kind::Dir {
-                return Err(self.refuse(&entry, "the root is not a directory").into());
-            }
-            self.levels[0].entry = entry;
             return Ok(());
         }
-        let (parent, name) = match entry.path.iter().rposition(|byte| *byte == b'/') {
-            Some(slash) => (&entry.path[..slash], &entry.path[slash + 1..]),
-            None => (&b""[..], &entry.path[..]),
-        };
-        if name.is_empty() || name == b"." || name == b".." || name.len() > LONGEST_NAME {
-            return Err(self.refuse(&entry, "the name cannot be a file's").into());
-        }
-        let Ok(name) = CString::new(name) else {
-            return Err(self.refuse(&entry, "the name cannot be a file's").into());
-        };
-        self.leave_until(parent)?;
-        if self
-            .levels
-            .last()
-            .is_none_or(|level| level.entry.path != parent)
-        {
-            return Err(self
-                .refuse(&entry, "it is in no directory of this snapshot")
-                .into());
-        }
-        match entry.kind {
-            Kind::Dir => self.enter(entry, &name)?,
-            Kind::File => self.file(&entry, &name, raw)?,
-            Kind::Symlink => self.symlink(&entry, &name)?,
-            Kind::Hardlink => self.hard_link(&entry, &name)?,
-        }
-        Ok(())
+        let (parent, name) = self.place(entry)?;
+        mkdirat(parent, name.as_c_str(), Mode::S_IRWXU)
+            .map_err(Error::local("make", entry.display()))
     }
 
-    /// Ends the tree: what is left open gets its status, and everything reaches the disk.
-    pub fn finish(mut self) -> Result<(u64, u64), Error> {
-        if self.last.is_none() {
-            return Err(Error::Damaged {
-                key: self.source,
-                reason: "its index has no paths".to_owned(),
-            });
-        }
-        let root = self.levels[0].fd.try_clone();
-        while let Some(level) = self.levels.pop() {
-            self.set_status(&level.fd, &level.entry)?;
-        }
-        let root = root.map_err(Error::local("open", "the restored tree"))?;
-        nix::unistd::syncfs(root).map_err(Error::local("sync", "the restored tree"))?;
-        Ok((self.files, self.bytes))
-    }
-
-    fn check_order(&mut self, entry: &Entry) -> Result<(), Error> {
-        let is_next = match &self.last {
-            None => entry.path.is_empty(),
-            Some(last) => compare(last, &entry.path) == Ordering::Less,
+    /// First pass, after the directories around it: takes a file over from the old tree, if it is right there already.
+    pub fn reuse(&mut self, entry: &Entry) -> Result<bool, Error> {
+        let Some(old) = &mut self.old else {
+            return Ok(false);
         };
-        if !is_next {
-            return Err(self.refuse(entry, "the index is not in the order of a walk"));
-        }
-        self.last = Some(entry.path.clone());
-        Ok(())
-    }
-
-    fn refuse(&self, entry: &Entry, reason: &str) -> Error {
-        Error::Damaged {
-            key: self.source.clone(),
-            reason: format!("{}: {reason}", entry.display()),
-        }
-    }
-
-    /// Closes directories until `parent` is the innermost one.
-    fn leave_until(&mut self, parent: &[u8]) -> Result<(), Error> {
-        let is_above = |outer: &[u8]| {
-            outer.is_empty()
-                || parent
-                    .strip_prefix(outer)
-                    .is_some_and(|rest| rest.is_empty() || rest[0] == b'/')
+        let Ok((old_parent, old_name)) = old.tree.parent(&entry.path) else {
+            return Ok(false);
         };
-        while self.levels.len() > 1
-            && self
-                .levels
-                .last()
-                .is_some_and(|level| !is_above(&level.entry.path))
-        {
-            if let Some(level) = self.levels.pop() {
-                self.set_status(&level.fd, &level.entry)?;
+        let Ok(Some(mut content)) = read::open(old_parent, &old_name) else {
+            return Ok(false);
+        };
+        let mut found = scan::entry(&entry.path, Kind::File, content.status());
+        if !self.is_owner_kept {
+            (found.uid, found.gid) = (entry.uid, entry.gid);
+        }
+        let is_alone = content.status().st_nlink == 1;
+        if !is_alone || !scan::is_alike(&found, entry) {
+            return Ok(false);
+        }
+        let is_quiet = old.is_quiet;
+        if is_quiet && !read::is_equal(&mut content, entry) {
+            return Ok(false);
+        }
+        let source = &self.source;
+        let (parent, name) = self
+            .tree
+            .parent(&entry.path)
+            .map_err(|refusal| refusal.into_error(source.clone(), entry))?;
+        let path = || display(&entry.path);
+        if is_quiet {
+            let flags = AtFlags::empty();
+            linkat(old_parent, old_name.as_c_str(), parent, name.as_c_str(), flags)
+                .map_err(Error::local("make", path()))?;
+        } else {
+            let parent = parent
+                .try_clone_to_owned()
+                .map_err(Error::local("open", path()))?;
+            let mut file = create(parent.as_fd(), &name).map_err(Error::local("make", path()))?;
+            copy(&content, &mut file, entry.size).map_err(Error::local("write", path()))?;
+            self.set_status(&file, entry)?;
+            // The copy is judged, not the original: somebody may have written to that meanwhile.
+            let is_right = read::open(&parent, &name)
+                .ok()
+                .flatten()
+                .is_some_and(|mut copied| read::is_equal(&mut copied, entry));
+            if !is_right {
+                unlinkat(&parent, name.as_c_str(), UnlinkatFlags::NoRemoveDir)
+                    .map_err(Error::local("remove", path()))?;
+                return Ok(false);
             }
         }
-        Ok(())
+        self.files += 1;
+        self.bytes += entry.data();
+        Ok(true)
     }
 
-    fn parent(&self) -> impl AsFd {
-        self.levels
-            .last()
-            .expect("the root's level is only popped by finish")
-            .fd
-            .as_fd()
-    }
-
-    fn enter(&mut self, entry: Entry, name: &CString) -> Result<(), Error> {
-        let path = || display(&entry.path);
-        mkdirat(self.parent(), name.as_c_str(), Mode::S_IRWXU)
-            .map_err(Error::local("make", path()))?;
-        let fd = openat(self.parent(), name.as_c_str(), DIRECTORY, Mode::empty())
-            .map_err(Error::local("open", path()))?;
-        self.levels.push(Level { fd, entry });
-        Ok(())
-    }
-
-    fn file(&mut self, entry: &Entry, name: &CString, raw: &mut RawStream) -> Result<(), Halt> {
+    /// Second pass: writes a file.
+    pub fn file(&mut self, entry: &Entry, raw: &mut RawStream) -> Result<(), Halt> {
         let covered = entry.extents.iter().try_fold(0_u64, |sum, extent| {
             let (Extent::Data { length, .. } | Extent::Hole { length }) = extent;
             sum.checked_add(*length)
@@ -213,12 +167,8 @@ impl Applier {
                 .into());
         }
         let path = || display(&entry.path);
-        let flags =
-            OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-        let private = Mode::S_IRUSR | Mode::S_IWUSR;
-        let fd = openat(self.parent(), name.as_c_str(), flags, private)
-            .map_err(Error::local("make", path()))?;
-        let mut file = File::from(fd);
+        let (parent, name) = self.place(entry)?;
+        let mut file = create(parent, &name).map_err(Error::local("make", path()))?;
         let mut sum = Sha256::new();
         for extent in &entry.extents {
             match *extent {
@@ -258,70 +208,102 @@ impl Applier {
         Ok(self.set_status(&file, entry)?)
     }
 
-    fn symlink(&mut self, entry: &Entry, name: &CString) -> Result<(), Error> {
+    /// Last pass: makes links, and gives directories their status when everything below them is done.
+    pub fn complete(&mut self, entry: Entry) -> Result<(), Error> {
+        self.leave_until(&entry.path)?;
+        match entry.kind {
+            Kind::Dir => self.open.push(entry),
+            Kind::Symlink => self.symlink(&entry)?,
+            Kind::Hardlink => self.hard_link(&entry)?,
+            Kind::File | Kind::Deleted => {}
+        }
+        Ok(())
+    }
+
+    /// Ends the tree: what is left open gets its status, and everything reaches the disk.
+    pub fn finish(mut self) -> Result<(u64, u64), Error> {
+        while let Some(directory) = self.open.pop() {
+            self.close(&directory)?;
+        }
+        nix::unistd::syncfs(&self.tree.root).map_err(Error::local("sync", "the restored tree"))?;
+        Ok((self.files, self.bytes))
+    }
+
+    fn refuse(&self, entry: &Entry, reason: &str) -> Error {
+        Error::Damaged {
+            key: self.source.clone(),
+            reason: format!("{}: {reason}", entry.display()),
+        }
+    }
+
+    /// The directory that an entry is in, and its name there.
+    fn place(&mut self, entry: &Entry) -> Result<(BorrowedFd<'_>, CString), Error> {
+        let source = &self.source;
+        self.tree
+            .parent(&entry.path)
+            .map_err(|refusal| refusal.into_error(source.clone(), entry))
+    }
+
+    /// Gives directories that do not contain `path` their status.
+    fn leave_until(&mut self, path: &[u8]) -> Result<(), Error> {
+        while let Some(inner) = self.open.pop_if(|inner| !is_above(&inner.path, path)) {
+            self.close(&inner)?;
+        }
+        Ok(())
+    }
+
+    fn close(&mut self, directory: &Entry) -> Result<(), Error> {
+        let fd = if directory.path.is_empty() {
+            self.tree.root.try_clone().map_err(Error::local("open", "."))?
+        } else {
+            let (parent, name) = self.place(directory)?;
+            openat(parent, name.as_c_str(), DIRECTORY, Mode::empty())
+                .map_err(Error::local("open", directory.display()))?
+        };
+        self.set_status(fd, directory)
+    }
+
+    fn symlink(&mut self, entry: &Entry) -> Result<(), Error> {
         let path = || display(&entry.path);
         let Some(target) = &entry.link else {
             return Err(self.refuse(entry, "the link has no target"));
         };
-        symlinkat(&target[..], self.parent(), name.as_c_str())
-            .map_err(Error::local("make", path()))?;
-        if self.is_owner_kept {
+        let is_owner_kept = self.is_owner_kept;
+        let (parent, name) = self.place(entry)?;
+        symlinkat(&target[..], parent, name.as_c_str()).map_err(Error::local("make", path()))?;
+        if is_owner_kept {
             let (uid, gid) = (Uid::from_raw(entry.uid), Gid::from_raw(entry.gid));
             let flags = AtFlags::AT_SYMLINK_NOFOLLOW;
-            fchownat(self.parent(), name.as_c_str(), Some(uid), Some(gid), flags)
+            fchownat(parent, name.as_c_str(), Some(uid), Some(gid), flags)
                 .map_err(Error::local("set the owner of", path()))?;
         }
         let time = time_spec(entry.mtime);
-        utimensat(
-            self.parent(),
-            name.as_c_str(),
-            &time,
-            &time,
-            UtimensatFlags::NoFollowSymlink,
-        )
-        .map_err(Error::local("set the time of", path()))
+        let flags = UtimensatFlags::NoFollowSymlink;
+        utimensat(parent, name.as_c_str(), &time, &time, flags)
+            .map_err(Error::local("set the time of", path()))
     }
 
-    fn hard_link(&mut self, entry: &Entry, name: &CString) -> Result<(), Error> {
-        let not_here = || self.refuse(entry, "it is a link to no file of this snapshot");
+    fn hard_link(&mut self, entry: &Entry) -> Result<(), Error> {
+        let not_here = || Error::Damaged {
+            key: self.source.clone(),
+            reason: format!(
+                "{}: it is a link to no file of this snapshot",
+                entry.display()
+            ),
+        };
         let target = entry.link.as_deref().ok_or_else(not_here)?;
-        // Down to the target one component at a time: a symbolic link that an earlier entry made is not walked through.
-        let mut components = target.split(|byte| *byte == b'/').peekable();
-        let mut directory = self.levels[0]
-            .fd
-            .try_clone()
-            .map_err(Error::local("open", "."))?;
-        while let Some(component) = components.next() {
-            let component = CString::new(component).map_err(|_| not_here())?;
-            if matches!(component.to_bytes(), b"" | b"." | b"..") {
-                return Err(not_here());
-            }
-            if components.peek().is_some() {
-                let flags =
-                    OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-                directory = openat(&directory, component.as_c_str(), flags, Mode::empty())
-                    .map_err(|_| not_here())?;
-                continue;
-            }
-            let status = fstatat(
-                &directory,
-                component.as_c_str(),
-                AtFlags::AT_SYMLINK_NOFOLLOW,
-            )
+        // By descriptors again: a symbolic link that an earlier entry made is not walked through.
+        let mut from = Cursor::new(self.tree.root.try_clone().map_err(Error::local("open", "."))?);
+        let (directory, old) = from.parent(target).map_err(|_| not_here())?;
+        let status = fstatat(directory, old.as_c_str(), AtFlags::AT_SYMLINK_NOFOLLOW)
             .map_err(|_| not_here())?;
-            if status.st_mode & SFlag::S_IFMT.bits() != SFlag::S_IFREG.bits() {
-                return Err(not_here());
-            }
-            linkat(
-                &directory,
-                component.as_c_str(),
-                self.parent(),
-                name.as_c_str(),
-                AtFlags::empty(),
-            )
-            .map_err(Error::local("make", display(&entry.path)))?;
+        if status.st_mode & SFlag::S_IFMT.bits() != SFlag::S_IFREG.bits() {
+            return Err(not_here());
         }
-        Ok(())
+        let (parent, name) = self.place(entry)?;
+        let flags = AtFlags::empty();
+        linkat(directory, old.as_c_str(), parent, name.as_c_str(), flags)
+            .map_err(Error::local("make", display(&entry.path)))
     }
 
     /// Owner first (it clears set-id bits), then attributes, mode, time.
@@ -354,6 +336,117 @@ impl Applier {
         let time = time_spec(entry.mtime);
         futimens(&fd, &time, &time).map_err(Error::local("set the time of", path()))
     }
+}
+
+/// Opens directories below a root one component at a time, and keeps those open that the next path needs too.
+struct Cursor {
+    root: OwnedFd,
+    path: Vec<u8>,
+    /// Each with the length of its own path.
+    levels: Vec<(usize, OwnedFd)>,
+}
+
+/// Why a path cannot be reached.
+enum Refusal {
+    /// A component that no file can have.
+    Name,
+    /// What should be its directory is none.
+    Orphan,
+    Failed(Errno),
+}
+
+impl Refusal {
+    fn into_error(self, source: String, entry: &Entry) -> Error {
+        let reason = match self {
+            Self::Name => "the name cannot be a file's",
+            Self::Orphan => "it is in no directory of this snapshot",
+            Self::Failed(errno) => return Error::local("open", entry.display())(errno),
+        };
+        Error::Damaged {
+            key: source,
+            reason: format!("{}: {reason}", entry.display()),
+        }
+    }
+}
+
+impl Cursor {
+    fn new(root: OwnedFd) -> Self {
+        Self {
+            root,
+            path: Vec::new(),
+            levels: Vec::new(),
+        }
+    }
+
+    /// The directory that `path` is in, and the name there.
+    fn parent(&mut self, path: &[u8]) -> Result<(BorrowedFd<'_>, CString), Refusal> {
+        let (parent, name) = match path.iter().rposition(|byte| *byte == b'/') {
+            Some(slash) => (&path[..slash], &path[slash + 1..]),
+            None => (&b""[..], path),
+        };
+        while let Some((length, _)) = self.levels.last()
+            && !is_above(&self.path[..*length], parent)
+        {
+            self.levels.pop();
+        }
+        let mut at = self.levels.last().map_or(0, |(length, _)| *length);
+        self.path.truncate(at);
+        while at < parent.len() {
+            let start = if at == 0 { 0 } else { at + 1 };
+            let end = parent[start..]
+                .iter()
+                .position(|byte| *byte == b'/')
+                .map_or(parent.len(), |slash| start + slash);
+            let component = checked(&parent[start..end])?;
+            let outer = self.levels.last().map_or(&self.root, |(_, fd)| fd);
+            let fd = openat(outer, component.as_c_str(), DIRECTORY, Mode::empty()).map_err(
+                |errno| match errno {
+                    Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP => Refusal::Orphan,
+                    other => Refusal::Failed(other),
+                },
+            )?;
+            self.levels.push((end, fd));
+            self.path.truncate(at);
+            self.path.extend_from_slice(&parent[at..end]);
+            at = end;
+        }
+        let fd = self.levels.last().map_or(&self.root, |(_, fd)| fd);
+        Ok((fd.as_fd(), checked(name)?))
+    }
+}
+
+/// A component, if it can be a file's name.
+fn checked(name: &[u8]) -> Result<CString, Refusal> {
+    if matches!(name, b"" | b"." | b"..") || name.len() > LONGEST_NAME {
+        return Err(Refusal::Name);
+    }
+    CString::new(name).map_err(|_| Refusal::Name)
+}
+
+/// Whether `path` is `directory` or below it.
+pub fn is_above(directory: &[u8], path: &[u8]) -> bool {
+    directory.is_empty()
+        || path
+            .strip_prefix(directory)
+            .is_some_and(|rest| rest.is_empty() || rest[0] == b'/')
+}
+
+fn create(parent: BorrowedFd<'_>, name: &CString) -> Result<File, Errno> {
+    let flags =
+        OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    let private = Mode::S_IRUSR | Mode::S_IWUSR;
+    openat(parent, name.as_c_str(), flags, private).map(File::from)
+}
+
+/// Copies a file's data, in the kernel where it can, and keeps its holes. One that shrank meanwhile comes out wrong.
+fn copy(content: &read::Content, file: &mut File, size: u64) -> std::io::Result<()> {
+    for &(offset, length) in content.segments() {
+        let mut from = content.file();
+        from.seek(SeekFrom::Start(offset))?;
+        file.seek(SeekFrom::Start(offset))?;
+        std::io::copy(&mut from.take(length), file)?;
+    }
+    file.set_len(size)
 }
 
 fn time_spec(nanos: i64) -> TimeSpec {

@@ -1,10 +1,12 @@
-//! What a snapshot leaves out: gitignore-style patterns, relative to the root.
+//! What a snapshot leaves out, and what a restore takes of it: gitignore-style patterns, relative to the root.
 //!
 //! Source of the semantics: gitignore(5). A pattern with a slash other than a trailing one is anchored at the root, another
 //! one matches a name at any depth; a trailing slash matches directories only; `!` takes back what an earlier pattern left
 //! out, unless a whole directory above is left out; the last pattern that matches decides.
 
 use fast_glob::glob_match;
+
+use crate::archive::entry::{Entry, Kind};
 
 /// Rebuilt by the gateway or by `SQLite`, or only true on the host they were made on. Everything here was seen to be missing
 /// after a restore without harm; upstream's own backup leaves the same out.
@@ -40,7 +42,8 @@ pub struct Excludes(Vec<Pattern>);
 #[derive(Debug, Clone)]
 struct Pattern {
     glob: String,
-    is_exclusion: bool,
+    /// Not taken back by a `!`.
+    is_positive: bool,
     only_directories: bool,
 }
 
@@ -55,25 +58,68 @@ impl Excludes {
     pub fn new(extra: &str) -> Result<Self, String> {
         let mut all = Self::default();
         for text in extra.split(',').map(str::trim).filter(|t| !t.is_empty()) {
-            let pattern = parse(text);
-            fast_glob::validate(&pattern.glob)
-                .map_err(|problem| format!("{text:?} is not a pattern: {problem}"))?;
-            all.0.push(pattern);
+            all.0.push(valid(text)?);
         }
         Ok(all)
     }
 
     /// Whether the entry is left out, and with it everything below.
     pub fn matches(&self, path: &[u8], is_directory: bool) -> bool {
-        let decisive = self.0.iter().rev().find(|pattern| {
-            (is_directory || !pattern.only_directories) && glob_match(&pattern.glob, path)
-        });
-        decisive.is_some_and(|pattern| pattern.is_exclusion)
+        matches(&self.0, path, is_directory)
     }
 }
 
+/// What of a snapshot is wanted: the same patterns, which here say what to take.
+#[derive(Debug, Clone)]
+pub struct Selection {
+    patterns: Vec<Pattern>,
+    /// The directory that was taken last, and everything below it with it.
+    inside: Option<Vec<u8>>,
+}
+
+impl Selection {
+    /// A selection by patterns; at least one.
+    pub fn new(patterns: &[String]) -> Result<Self, String> {
+        Ok(Self {
+            patterns: patterns.iter().map(|t| valid(t)).collect::<Result<_, _>>()?,
+            inside: None,
+        })
+    }
+
+    /// Whether the entry is wanted. Entries have to come in the order of a walk.
+    pub fn takes(&mut self, entry: &Entry) -> bool {
+        let is_below = |outer: &Vec<u8>| {
+            let rest = entry.path.strip_prefix(&outer[..]);
+            rest.is_some_and(|rest| rest.starts_with(b"/"))
+        };
+        let is_directory = entry.kind == Kind::Dir;
+        if self.inside.as_ref().is_some_and(is_below) {
+            return true;
+        }
+        let is_taken = matches(&self.patterns, &entry.path, is_directory);
+        if is_taken && is_directory {
+            self.inside = Some(entry.path.clone());
+        }
+        is_taken
+    }
+}
+
+fn matches(patterns: &[Pattern], path: &[u8], is_directory: bool) -> bool {
+    let decisive = patterns.iter().rev().find(|pattern| {
+        (is_directory || !pattern.only_directories) && glob_match(&pattern.glob, path)
+    });
+    decisive.is_some_and(|pattern| pattern.is_positive)
+}
+
+fn valid(text: &str) -> Result<Pattern, String> {
+    let pattern = parse(text);
+    fast_glob::validate(&pattern.glob)
+        .map_err(|problem| format!("{text:?} is not a pattern: {problem}"))?;
+    Ok(pattern)
+}
+
 fn parse(text: &str) -> Pattern {
-    let (is_exclusion, text) = match text.strip_prefix('!') {
+    let (is_positive, text) = match text.strip_prefix('!') {
         Some(rest) => (false, rest),
         None => (true, text),
     };
@@ -88,7 +134,7 @@ fn parse(text: &str) -> Pattern {
     };
     Pattern {
         glob,
-        is_exclusion,
+        is_positive,
         only_directories,
     }
 }

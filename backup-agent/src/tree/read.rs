@@ -8,6 +8,12 @@ use nix::{
     sys::stat::{FileStat, Mode, SFlag, fstat},
     unistd::{Whence, lseek},
 };
+use sha2::{Digest, Sha256};
+
+use crate::{
+    archive::entry::{Entry, Extent},
+    snapshot::id::hex,
+};
 
 /// Bytes that are read at once.
 const CHUNK: usize = 256 << 10;
@@ -148,6 +154,30 @@ fn segments(file: &File, status: &FileStat) -> Result<Vec<(u64, u64)>, Errno> {
         at = end;
     }
     Ok(found)
+}
+
+/// Whether an open file has the content and the attributes of an entry, holes at the same places.
+pub fn is_equal(content: &mut Content, known: &Entry) -> bool {
+    let mut offset = 0;
+    let mut segments = Vec::new();
+    for extent in &known.extents {
+        let (Extent::Data { length, .. } | Extent::Hole { length }) = *extent;
+        if matches!(extent, Extent::Data { .. }) {
+            segments.push((offset, length));
+        }
+        offset += length;
+    }
+    if segments != content.segments
+        || xattrs(&content.file).ok().as_ref() != Some(&known.xattrs)
+    {
+        return false;
+    }
+    let mut sum = Sha256::new();
+    let all = content.read(drop, |bytes| {
+        sum.update(bytes);
+        Ok(())
+    });
+    all.is_ok() && known.sha256 == Some(hex(&sum.finalize()))
 }
 
 /// The `user.*` attributes of an open file or directory. Others belong to the system, and setting them takes rights that

@@ -50,8 +50,7 @@ pub const DIRECTORY: OFlag = OFlag::O_RDONLY
 
 struct Level {
     fd: OwnedFd,
-    /// What is left to visit, in descending order.
-    names: Vec<CString>,
+    names: Names,
     /// Length of the walk's path at this directory.
     path: usize,
 }
@@ -108,7 +107,7 @@ pub fn walk<E: From<Error>>(
 enum Outcome {
     Done,
     Skipped(&'static str),
-    Enter(OwnedFd, Vec<CString>),
+    Enter(OwnedFd, Names),
 }
 
 fn one<E: From<Error>>(
@@ -188,24 +187,43 @@ fn one<E: From<Error>>(
     }
 }
 
-/// Names of a directory's entries in descending order, so that the next one is popped off the end.
-fn sorted_names(fd: &OwnedFd) -> Result<Vec<CString>, Errno> {
+/// What is left to visit of a directory. In one piece: there may be millions.
+struct Names {
+    bytes: Vec<u8>,
+    /// Where each name begins, in the descending order of the names, so that the next one is at the end.
+    starts: Vec<usize>,
+}
+
+impl Names {
+    fn pop(&mut self) -> Option<CString> {
+        let start = self.starts.pop()?;
+        Some(name_at(&self.bytes, start).to_owned())
+    }
+}
+
+/// The name that begins there; each ends in a NUL.
+fn name_at(bytes: &[u8], start: usize) -> &CStr {
+    CStr::from_bytes_until_nul(&bytes[start..]).expect("every name was stored with its NUL")
+}
+
+fn sorted_names(fd: &OwnedFd) -> Result<Names, Errno> {
     let copy = fd.try_clone().map_err(|_| Errno::EMFILE)?;
-    let mut names = Vec::new();
+    let (mut bytes, mut starts) = (Vec::new(), Vec::new());
     for entry in Dir::from_fd(copy)?.iter() {
         let entry = entry?;
-        if !matches!(entry.file_name().to_bytes(), b"." | b"..") {
-            names.push(entry.file_name().to_owned());
+        let name = entry.file_name();
+        if !matches!(name.to_bytes(), b"." | b"..") {
+            starts.push(bytes.len());
+            bytes.extend_from_slice(name.to_bytes_with_nul());
         }
     }
-    names.sort_unstable_by(|a, b| b.to_bytes().cmp(a.to_bytes()));
-    Ok(names)
+    starts.sort_unstable_by(|&a, &b| name_at(&bytes, b).cmp(name_at(&bytes, a)));
+    Ok(Names { bytes, starts })
 }
 
 /// An entry from a status.
 pub fn entry(path: &[u8], kind: Kind, status: &FileStat) -> Entry {
     Entry {
-        path: path.to_vec(),
         kind,
         mode: status.st_mode & 0o7777,
         uid: status.st_uid,
@@ -216,19 +234,21 @@ pub fn entry(path: &[u8], kind: Kind, status: &FileStat) -> Entry {
         } else {
             0
         },
-        link: None,
-        sha256: None,
-        extents: Vec::new(),
-        xattrs: std::collections::BTreeMap::new(),
         stamp: Some(Stamp {
             ctime: nanos(status.st_ctime, status.st_ctime_nsec),
             ino: status.st_ino,
         }),
+        ..Entry::deleted(path.to_vec())
     }
 }
 
 /// Whether what the walk found is what the index has: every change of a file changes one of these.
 pub fn is_same(found: &Entry, known: &Entry) -> bool {
+    found.stamp == known.stamp && is_alike(found, known)
+}
+
+/// Whether the two have the same status, as far as an owner can set it.
+pub fn is_alike(found: &Entry, known: &Entry) -> bool {
     found.path == known.path
         && found.kind == known.kind
         && found.mode == known.mode
@@ -236,7 +256,6 @@ pub fn is_same(found: &Entry, known: &Entry) -> bool {
         && found.size == known.size
         && found.mtime == known.mtime
         && found.link == known.link
-        && found.stamp == known.stamp
 }
 
 /// Nanoseconds since the epoch; times outside of the years 1678 to 2262 are moved to the nearest end.
