@@ -240,7 +240,12 @@ impl Download {
         let mut lanes = lanes.into_iter();
         let mut run = |first: usize| {
             let sender = lanes.next();
-            let mine: Vec<Request> = requests.iter().skip(first).step_by(LANES).cloned().collect();
+            let mine: Vec<Request> = requests
+                .iter()
+                .skip(first)
+                .step_by(LANES)
+                .cloned()
+                .collect();
             lane(store, &key, mine, sender)
         };
         let (a, b, c, d) = tokio::join!(run(0), run(1), run(2), run(3));

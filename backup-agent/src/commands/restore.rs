@@ -74,7 +74,9 @@ pub async fn run(
     }
     let mut state = State::open(config).await?;
     if let Some(target) = target {
-        let selection = (!paths.is_empty()).then(|| Selection::new(paths)).transpose();
+        let selection = (!paths.is_empty())
+            .then(|| Selection::new(paths))
+            .transpose();
         let selection = selection
             .map_err(|problem| Error::Settings(vec![format!("cannot use --path: {problem}")]))?;
         let done = to_target(config, store, &state, wanted, target, selection).await?;

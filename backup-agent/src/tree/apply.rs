@@ -130,8 +130,14 @@ impl Applier {
         let path = || display(&entry.path);
         if is_quiet {
             let flags = AtFlags::empty();
-            linkat(old_parent, old_name.as_c_str(), parent, name.as_c_str(), flags)
-                .map_err(Error::local("make", path()))?;
+            linkat(
+                old_parent,
+                old_name.as_c_str(),
+                parent,
+                name.as_c_str(),
+                flags,
+            )
+            .map_err(Error::local("make", path()))?;
         } else {
             let parent = parent
                 .try_clone_to_owned()
@@ -254,7 +260,10 @@ impl Applier {
 
     fn close(&mut self, directory: &Entry) -> Result<(), Error> {
         let fd = if directory.path.is_empty() {
-            self.tree.root.try_clone().map_err(Error::local("open", "."))?
+            self.tree
+                .root
+                .try_clone()
+                .map_err(Error::local("open", "."))?
         } else {
             let (parent, name) = self.place(directory)?;
             openat(parent, name.as_c_str(), DIRECTORY, Mode::empty())
@@ -293,7 +302,12 @@ impl Applier {
         };
         let target = entry.link.as_deref().ok_or_else(not_here)?;
         // By descriptors again: a symbolic link that an earlier entry made is not walked through.
-        let mut from = Cursor::new(self.tree.root.try_clone().map_err(Error::local("open", "."))?);
+        let mut from = Cursor::new(
+            self.tree
+                .root
+                .try_clone()
+                .map_err(Error::local("open", "."))?,
+        );
         let (directory, old) = from.parent(target).map_err(|_| not_here())?;
         let status = fstatat(directory, old.as_c_str(), AtFlags::AT_SYMLINK_NOFOLLOW)
             .map_err(|_| not_here())?;
@@ -399,12 +413,13 @@ impl Cursor {
                 .map_or(parent.len(), |slash| start + slash);
             let component = checked(&parent[start..end])?;
             let outer = self.levels.last().map_or(&self.root, |(_, fd)| fd);
-            let fd = openat(outer, component.as_c_str(), DIRECTORY, Mode::empty()).map_err(
-                |errno| match errno {
-                    Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP => Refusal::Orphan,
-                    other => Refusal::Failed(other),
-                },
-            )?;
+            let fd =
+                openat(outer, component.as_c_str(), DIRECTORY, Mode::empty()).map_err(|errno| {
+                    match errno {
+                        Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP => Refusal::Orphan,
+                        other => Refusal::Failed(other),
+                    }
+                })?;
             self.levels.push((end, fd));
             self.path.truncate(at);
             self.path.extend_from_slice(&parent[at..end]);

@@ -81,7 +81,10 @@ impl Selection {
     /// A selection by patterns; at least one.
     pub fn new(patterns: &[String]) -> Result<Self, String> {
         Ok(Self {
-            patterns: patterns.iter().map(|t| valid(t)).collect::<Result<_, _>>()?,
+            patterns: patterns
+                .iter()
+                .map(|t| valid(t))
+                .collect::<Result<_, _>>()?,
             inside: None,
         })
     }

@@ -167,9 +167,7 @@ pub fn is_equal(content: &mut Content, known: &Entry) -> bool {
         }
         offset += length;
     }
-    if segments != content.segments
-        || xattrs(&content.file).ok().as_ref() != Some(&known.xattrs)
-    {
+    if segments != content.segments || xattrs(&content.file).ok().as_ref() != Some(&known.xattrs) {
         return false;
     }
     let mut sum = Sha256::new();

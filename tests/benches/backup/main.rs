@@ -1,8 +1,8 @@
 //! The backup agent beside its peers: whole processes in pairs, on the same tree and the same S3 server, in one run.
 //!
 //! `make bench-backup` measures everything, and writes `docs/benchmarks/backup.md`, its plot and the raw run.
-//! `cargo bench -p e2e --bench backup -- WORD…` measures or prints only what the words name: the workloads `W1` and `W2`,
-//! `memory` (the agent's peak with a million files, and with one huge hole), `render FILE` (the page of a raw run).
+//! `cargo bench -p e2e --bench backup -- WORD…` measures or prints only what the words name: the workloads `W1` and `W2`, how
+//! many rounds (a number), `memory` (the agent's peak with a million files, and with one huge hole), `render FILE` (the page of a raw run).
 //! Peers are taken from `PATH` ([`tests/install-peers.sh`] puts them somewhere); whatever is missing is left out and named.
 
 use std::error::Error;
@@ -57,23 +57,33 @@ fn main() -> Outcome {
             let report = Report::read(Path::new(file))?;
             report.write_page(Path::new(file))
         }
-        [] => {
-            let mut report = Report::new(&found()?)?;
-            compare(&mut report, Workload::Workspace)?;
-            compare(&mut report, Workload::Small)?;
-            print!("{}", report.tables());
-            let file = report.keep()?;
-            report.write_page(&file)
-        }
-        _ => {
-            let mut report = Report::new(&found()?)?;
-            for word in words {
-                compare(&mut report, Workload::parse(word)?)?;
-            }
-            print!("{}", report.tables());
-            Ok(())
+        _ => compare_all(&words),
+    }
+}
+
+/// The workloads that are named; or all, and then the page is written anew.
+fn compare_all(words: &[&str]) -> Outcome {
+    let (mut rounds, mut workloads) = (ROUNDS, Vec::new());
+    for word in words {
+        match word.parse() {
+            Ok(number) => rounds = number,
+            Err(_) => workloads.push(Workload::parse(word)?),
         }
     }
+    let is_whole = workloads.is_empty();
+    if is_whole {
+        workloads = vec![Workload::Workspace, Workload::Small];
+    }
+    let mut report = Report::new(&found()?)?;
+    for workload in workloads {
+        compare(&mut report, workload, rounds)?;
+    }
+    print!("{}", report.tables());
+    if is_whole {
+        let file = report.keep()?;
+        report.write_page(&file)?;
+    }
+    Ok(())
 }
 
 /// The agent and those peers whose programs are all in `PATH`.
@@ -101,7 +111,7 @@ struct Field {
 }
 
 /// Runs a workload with all tools and adds the samples to the report.
-fn compare(report: &mut Report, workload: Workload) -> Outcome {
+fn compare(report: &mut Report, workload: Workload, rounds: usize) -> Outcome {
     let folder = tempfile::Builder::new()
         .prefix("backup-bench-")
         .tempdir_in(MEMORY_DISK)?;
@@ -135,19 +145,15 @@ fn compare(report: &mut Report, workload: Workload) -> Outcome {
         server,
         changes: SEED,
     };
-    for round in 0..ROUNDS {
-        eprintln!("{}, round {} of {ROUNDS}", workload.name(), round + 1);
+    for round in 0..rounds {
+        eprintln!("{}, round {} of {rounds}", workload.name(), round + 1);
         field.round(report, round, Duration::ZERO)?;
     }
     // A minute for each run of that tool, whose requests are one after the other.
     field.lanes.retain(|lane| lane.tool != Tool::Rclone);
     if workload == Workload::Workspace {
-        for round in 0..FAR_ROUNDS {
-            eprintln!(
-                "{}, far away, round {} of {FAR_ROUNDS}",
-                workload.name(),
-                round + 1
-            );
+        for round in 0..rounds.min(FAR_ROUNDS) {
+            eprintln!("{}, far away, round {}", workload.name(), round + 1);
             field.round(report, round, FAR)?;
         }
     }
@@ -199,7 +205,7 @@ impl Field {
             }
             fs::remove_dir_all(&self.lanes[at].target)?;
         }
-        measure(&tools::archive(&self.lanes[0]))?;
+        measure(&tools::archive(&self.lanes[0]), self.server.pid())?;
         fs::create_dir(&self.lanes[0].target)?;
         self.floor(report, Floor::Unpack, Operation::Restore)?;
         fs::remove_dir_all(&self.lanes[0].target)?;
@@ -216,7 +222,7 @@ impl Field {
         }
         fs::create_dir_all(&lane.state)?;
         if let Some(run) = lane.prepare()? {
-            measure(&run)?;
+            measure(&run, self.server.pid())?;
         }
         Ok(())
     }
@@ -251,7 +257,7 @@ impl Field {
         delay: Duration,
     ) -> Outcome {
         self.server.take_traffic()?;
-        let cost = measure(run)?;
+        let cost = measure(run, self.server.pid())?;
         let sample = Sample {
             workload: self.workload,
             is_far: !delay.is_zero(),

@@ -1,6 +1,7 @@
 //! One run of a program, measured as a whole: a process in between whose only children are the program and what it starts,
 //! so that the kernel's figures for children are about those alone.
 
+use std::fs;
 use std::process::{Command, Stdio};
 use std::time::Instant;
 
@@ -18,10 +19,34 @@ pub struct Cost {
     /// In the processors, of all of them.
     pub user: f64,
     pub system: f64,
+    /// Share of the processors that programs had which are not part of the benchmark: above a few hundredths, the time
+    /// that passed says more about them.
+    pub others: f64,
 }
 
-/// Runs it to its end.
-pub fn measure(run: &Run) -> Outcome<Cost> {
+/// Clock ticks that count the time of processors, per second, on every Linux there is.
+const TICKS: f64 = 100.0;
+
+/// Seconds that all processors worked for anybody, that they could have worked, and that they worked for a process.
+fn processors(of: u32) -> Outcome<[f64; 3]> {
+    let ticks = |text: &str| -> Vec<f64> { text.split(' ').flat_map(str::parse).collect() };
+    let stat = fs::read_to_string("/proc/stat")?;
+    let all = ticks(stat.lines().next().unwrap_or_default());
+    let own = fs::read_to_string(format!("/proc/{of}/stat"))?;
+    // Behind the name in parentheses, which may hold anything, and the state.
+    let own = ticks(own.rsplit_once(") ").map_or("", |(_, rest)| &rest[2..]));
+    let (Some(&[user, nice, system, idle, wait, irq, softirq, steal]), Some(own)) =
+        (all.first_chunk(), own.get(10..12))
+    else {
+        return Err("cannot read the processors' times in /proc".into());
+    };
+    let busy = user + nice + system + irq + softirq + steal;
+    Ok([busy, busy + idle + wait, own.iter().sum()].map(|ticks: f64| ticks / TICKS))
+}
+
+/// Runs it to its end, beside a server.
+pub fn measure(run: &Run, server: u32) -> Outcome<Cost> {
+    let before = processors(server)?;
     let output = Command::new(std::env::current_exe()?)
         .arg("measure")
         .arg(&run.program)
@@ -37,11 +62,15 @@ pub fn measure(run: &Run) -> Outcome<Cost> {
         let said = String::from_utf8_lossy(&output.stderr);
         return Err(format!("cannot run {:?} {:?}: {said}", run.program, run.arguments).into());
     };
+    let after = processors(server)?;
+    let [busy, possible, served] = [0, 1, 2].map(|at| after[at] - before[at]);
     Ok(Cost {
         seconds,
         peak,
         user,
         system,
+        // Ticks are coarse: a short run may get a share below nothing.
+        others: ((busy - served - user - system) / possible.max(1.0 / TICKS)).clamp(0.0, 1.0),
     })
 }
 

@@ -42,7 +42,7 @@ fn case(what: &str, make: impl Fn(&Path) -> Outcome) -> Outcome {
     make(&lane.tree)?;
     let mut row = format!("| {what} |");
     for run in [lane.backup(), lane.backup(), lane.restore()] {
-        let cost = measure(&run)?;
+        let cost = measure(&run, server.pid())?;
         row.push_str(&format!(" {:.0} ({:.1} s) |", cost.peak, cost.seconds));
     }
     println!("{row}");

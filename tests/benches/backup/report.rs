@@ -7,11 +7,11 @@ use std::process::Command;
 
 use serde_json::{Value, json};
 
-use crate::Outcome;
 use crate::chart;
 use crate::measure::Cost;
 use crate::server::Traffic;
 use crate::tools::{self, Floor, Tool};
+use crate::{Outcome, UNCHANGED};
 
 /// The tree that is backed up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -83,7 +83,7 @@ impl fmt::Display for Sample {
         let Self { cost, traffic, .. } = self;
         write!(
             f,
-            "{}{} {:<12} {:<36} {:7.3} s, {:7.3} user, {:7.3} system, {:6.1} MiB, {} requests, {} up, {} down",
+            "{}{} {:<12} {:<36} {:7.3} s, {:7.3} user, {:7.3} system, {:6.1} MiB, {} requests, {} up, {} down, others {:.0} %",
             self.workload.name(),
             if self.is_far { " far" } else { "" },
             self.operation.name(),
@@ -95,6 +95,7 @@ impl fmt::Display for Sample {
             traffic.requests,
             traffic.received,
             traffic.sent,
+            cost.others * 100.0,
         )
     }
 }
@@ -213,16 +214,29 @@ impl Report {
             .filter(|tool| !self.tools.contains(tool))
             .map(Tool::name)
             .collect();
+        let agent = Tool::Agent.name();
+        let rounds = self
+            .samples(Workload::Workspace, false, agent, Operation::Full)
+            .count();
         let mut page = format!(
             "# Backup and restore beside other tools\n\n\
              `make bench-backup`, {}, on {}: whole processes, one after the other in turns, with the same tree on tmpfs and the\n\
-             same S3 server in memory on loopback. Medians; [every single run](../../tests/benches/runs/{raw}). Memory is the peak of\n\
+             same S3 server in memory on loopback. Rounds: {rounds}, with {UNCHANGED} unchanged backups in each. Medians; [every single run](../../tests/benches/runs/{raw}). Memory is the peak of\n\
              the largest process. Ratios are to the best of the other tools; below 1 the agent takes less.\n\n\
              ![Times of W1](backup.svg)\n\n",
             self.date, self.machine
         );
+        let others = median(self.samples.iter(), |sample| sample.cost.others).unwrap_or_default();
+        if others > QUIET {
+            write!(
+                page,
+                "**The machine was not idle: other programs had {:.0} % of its processors (median). The seconds are longer than they need to be;\n\
+                 processor seconds, memory, bytes and requests say more, and so do ratios.**\n\n",
+                others * 100.0
+            )?;
+        }
         page.push_str(&self.tables());
-        page.push_str("\n## Tools\n\n");
+        page.push_str("## Tools\n\n");
         for version in &self.versions {
             writeln!(page, "- {version}")?;
         }
@@ -303,9 +317,9 @@ impl Report {
         let names: Vec<&str> = operations.iter().map(|one| one.name()).collect();
         let _ = writeln!(
             text,
-            " peak MiB ({}) | requests | MB up | MB down by restore |\n|{}",
+            " processor s ({}) | peak MiB | requests | MB up | MB down by restore |\n|{}",
             names.join(", "),
-            " --- |".repeat(operations.len() + 5)
+            " --- |".repeat(operations.len() + 6)
         );
         let cell = |value: Option<f64>, digits: usize| {
             value.map_or("–".to_owned(), |value| format!("{value:.digits$}"))
@@ -325,8 +339,9 @@ impl Report {
             let backups = operations.iter().filter(|one| **one != Operation::Restore);
             let _ = writeln!(
                 text,
-                "| {name} | {} | {} | {} | {} | {} |",
+                "| {name} | {} | {} | {} | {} | {} | {} |",
                 cells(name, seconds, 3).join(" | "),
+                cells(name, |sample| sample.cost.user + sample.cost.system, 2).join(", "),
                 cells(name, |sample| sample.cost.peak / 1024.0, 0).join(", "),
                 cells(name, |sample| sample.traffic.requests as f64, 0).join(", "),
                 up[..backups.count()].join(", "),
@@ -344,15 +359,16 @@ impl Report {
                 .filter_map(|tool| value(tool.name(), operation, seconds))
                 .min_by(f64::total_cmp)
         };
-        let floor = |operation| {
+        let floor_of = |operation, of| {
             let floor = match operation {
                 Operation::Full => Floor::Pack,
                 Operation::Unchanged => Floor::Walk,
                 Operation::Restore => Floor::Unpack,
                 Operation::Changed => return None,
             };
-            value(floor.name(), operation, seconds)
+            value(floor.name(), operation, of)
         };
+        let floor = |operation| floor_of(operation, seconds);
         let agent = |operation| value(Tool::Agent.name(), operation, seconds);
         let ratio = |of: &dyn Fn(Operation) -> Option<f64>| {
             let cells = operations.iter().map(|&operation| {
@@ -365,13 +381,23 @@ impl Report {
             });
             cells.collect::<Vec<_>>().join(" | ")
         };
-        let _ = writeln!(text, "| **agent / best peer** | {} | | | | |", ratio(&best));
+        let _ = writeln!(
+            text,
+            "| **agent / best peer** | {} | | | | | |",
+            ratio(&best)
+        );
         if !is_far {
-            let floors: Vec<String> = operations.iter().map(|one| cell(floor(*one), 3)).collect();
+            let floors = |of: fn(&Sample) -> f64, digits| {
+                let cells = operations
+                    .iter()
+                    .map(|one| cell(floor_of(*one, of), digits));
+                cells.collect::<Vec<_>>()
+            };
             let _ = writeln!(
                 text,
-                "| floor without a store | {} | | | | |\n| **agent / floor** | {} | | | | |",
-                floors.join(" | "),
+                "| floor without a store | {} | {} | | | | |\n| **agent / floor** | {} | | | | | |",
+                floors(seconds, 3).join(" | "),
+                floors(|sample| sample.cost.user + sample.cost.system, 2).join(", "),
                 ratio(&floor)
             );
         }
@@ -379,8 +405,12 @@ impl Report {
     }
 }
 
+/// Share of the processors that others may have before seconds are about them too.
+const QUIET: f64 = 0.05;
+
 /// What the numbers do not say.
 const NOTES: &str = "\n## How to read it\n\n\
+- Processor seconds are user and system time of all processes of a tool together.\n\
 - Each round begins with an empty bucket and no cache. The repositories that restic and rustic need are made outside of the\n  \
 measurement.\n\
 - `tar, zstd, aws` is `tar | zstd -3 -T2 | aws s3 cp`: whatever has changed, it does all of it again.\n\
@@ -402,6 +432,7 @@ impl Sample {
             "peakKiB": self.cost.peak,
             "user": self.cost.user,
             "system": self.cost.system,
+            "others": self.cost.others,
             "requests": self.traffic.requests,
             "up": self.traffic.received,
             "down": self.traffic.sent,
@@ -422,6 +453,7 @@ impl Sample {
                 peak: value["peakKiB"].as_f64()?,
                 user: value["user"].as_f64()?,
                 system: value["system"].as_f64()?,
+                others: value["others"].as_f64()?,
             },
             traffic: Traffic {
                 requests: value["requests"].as_u64()?,

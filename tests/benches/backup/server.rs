@@ -62,6 +62,10 @@ impl Server {
         })
     }
 
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     fn order(&mut self, order: &str) -> Outcome<String> {
         writeln!(self.orders, "{order}")?;
         let mut line = String::new();

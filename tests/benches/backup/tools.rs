@@ -99,6 +99,10 @@ impl Lane {
             ("AWS_EC2_METADATA_DISABLED", "true".into()),
             ("HOME", self.state.clone().into()),
             ("PATH", std::env::var_os("PATH").unwrap_or_default()),
+            // For pipelines.
+            ("ENDPOINT", endpoint.clone().into()),
+            ("TREE", self.tree.clone().into()),
+            ("TARGET", self.target.clone().into()),
         ];
         let bucket = self.tool.bucket();
         let own: &[(&str, OsString)] = match self.tool {
@@ -117,11 +121,6 @@ impl Lane {
                 ("RUNTIME_BACKUP_TIMEOUT", "30m".into()),
                 ("RUNTIME_RESTORE_TIMEOUT", "30m".into()),
             ],
-            Tool::Tar => &[
-                ("ENDPOINT", endpoint.into()),
-                ("TREE", self.tree.clone().into()),
-                ("TARGET", self.target.clone().into()),
-            ],
             Tool::Restic => &[
                 (
                     "RESTIC_REPOSITORY",
@@ -130,7 +129,7 @@ impl Lane {
                 ("RESTIC_PASSWORD", PASSWORD.into()),
                 ("RESTIC_CACHE_DIR", self.state.join("cache").into()),
             ],
-            Tool::Rustic => &[],
+            Tool::Tar | Tool::Rustic => &[],
             Tool::Rclone => &[
                 ("RCLONE_CONFIG_BENCH_TYPE", "s3".into()),
                 ("RCLONE_CONFIG_BENCH_PROVIDER", "Other".into()),
