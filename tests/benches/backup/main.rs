@@ -5,6 +5,11 @@
 //! many rounds (a number), `memory` (the agent's peak with a million files, and with one huge hole), `render FILE` (the page of a raw run).
 //! Peers are taken from `PATH` ([`tests/install-peers.sh`] puts them somewhere); whatever is missing is left out and named.
 
+#![expect(
+    clippy::cast_precision_loss,
+    reason = "nothing that is measured here has more digits than a float"
+)]
+
 use std::error::Error;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -25,6 +30,7 @@ mod measure;
 mod memory;
 mod report;
 mod server;
+mod table;
 mod tools;
 
 type Outcome<T = ()> = Result<T, Box<dyn Error>>;
@@ -74,7 +80,7 @@ fn compare_all(words: &[&str]) -> Outcome {
     if is_whole {
         workloads = vec![Workload::Workspace, Workload::Small];
     }
-    let mut report = Report::new(&found()?)?;
+    let mut report = Report::new(&found())?;
     for workload in workloads {
         compare(&mut report, workload, rounds)?;
     }
@@ -87,7 +93,7 @@ fn compare_all(words: &[&str]) -> Outcome {
 }
 
 /// The agent and those peers whose programs are all in `PATH`.
-fn found() -> Outcome<Vec<Tool>> {
+fn found() -> Vec<Tool> {
     let mut found = Vec::new();
     for tool in tools::ALL {
         let mut programs = tool.programs().iter();
@@ -97,7 +103,7 @@ fn found() -> Outcome<Vec<Tool>> {
             Some((name, _)) => eprintln!("left out: {}, there is no {name} in PATH", tool.name()),
         }
     }
-    Ok(found)
+    found
 }
 
 /// A workload's tree and what the tools need around it.

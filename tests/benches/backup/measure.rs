@@ -35,12 +35,12 @@ fn processors(of: u32) -> Outcome<[f64; 3]> {
     let own = fs::read_to_string(format!("/proc/{of}/stat"))?;
     // Behind the name in parentheses, which may hold anything, and the state.
     let own = ticks(own.rsplit_once(") ").map_or("", |(_, rest)| &rest[2..]));
-    let (Some(&[user, nice, system, idle, wait, irq, softirq, steal]), Some(own)) =
+    let (Some(&[user, nice, system, idle, wait, hard, soft, steal]), Some(own)) =
         (all.first_chunk(), own.get(10..12))
     else {
         return Err("cannot read the processors' times in /proc".into());
     };
-    let busy = user + nice + system + irq + softirq + steal;
+    let busy = user + nice + system + hard + soft + steal;
     Ok([busy, busy + idle + wait, own.iter().sum()].map(|ticks: f64| ticks / TICKS))
 }
 
@@ -56,21 +56,21 @@ pub fn measure(run: &Run, server: u32) -> Outcome<Cost> {
         .envs(run.environment.iter().map(|(name, value)| (name, value)))
         .stdin(Stdio::null())
         .output()?;
-    let text = String::from_utf8_lossy(&output.stdout);
-    let numbers: Vec<f64> = text.split_whitespace().flat_map(str::parse).collect();
+    let answer = String::from_utf8_lossy(&output.stdout);
+    let numbers: Vec<f64> = answer.split_whitespace().flat_map(str::parse).collect();
     let [seconds, peak, user, system] = numbers[..] else {
         let said = String::from_utf8_lossy(&output.stderr);
-        return Err(format!("cannot run {:?} {:?}: {said}", run.program, run.arguments).into());
+        return Err(format!("cannot run {}: {said}", run.program.display()).into());
     };
     let after = processors(server)?;
-    let [busy, possible, served] = [0, 1, 2].map(|at| after[at] - before[at]);
+    let [busy, possible, serving] = [0, 1, 2].map(|at| after[at] - before[at]);
     Ok(Cost {
         seconds,
         peak,
         user,
         system,
         // Ticks are coarse: a short run may get a share below nothing.
-        others: ((busy - served - user - system) / possible.max(1.0 / TICKS)).clamp(0.0, 1.0),
+        others: ((busy - serving - user - system) / possible.max(1.0 / TICKS)).clamp(0.0, 1.0),
     })
 }
 

@@ -10,7 +10,8 @@ use serde_json::{Value, json};
 use crate::chart;
 use crate::measure::Cost;
 use crate::server::Traffic;
-use crate::tools::{self, Floor, Tool};
+use crate::table::Table;
+use crate::tools::{self, Tool};
 use crate::{Outcome, UNCHANGED};
 
 /// The tree that is backed up.
@@ -36,7 +37,7 @@ impl Workload {
         }
     }
 
-    fn title(self) -> &'static str {
+    pub fn title(self) -> &'static str {
         match self {
             Self::Workspace => {
                 "W1: a workspace of 12,000 files, 600 MB, and a file of 256 MiB that is a hole mostly"
@@ -267,7 +268,7 @@ impl Report {
         chart::bars("W1: seconds, less is better", &groups)
     }
 
-    fn samples<'a>(
+    pub fn samples<'a>(
         &'a self,
         workload: Workload,
         is_far: bool,
@@ -286,122 +287,10 @@ impl Report {
     pub fn tables(&self) -> String {
         let mut text = String::new();
         for workload in [Workload::Workspace, Workload::Small] {
-            for is_far in [false, true] {
-                self.table(&mut text, workload, is_far);
-            }
+            let tables = [false, true].map(|is_far| Table::of(self, workload, is_far));
+            text.extend(tables.iter().flatten().map(Table::markdown));
         }
         text
-    }
-
-    fn table(&self, text: &mut String, workload: Workload, is_far: bool) {
-        let value = |name: &str, operation, of: fn(&Sample) -> f64| {
-            median(self.samples(workload, is_far, name, operation), of)
-        };
-        let seconds: fn(&Sample) -> f64 = |sample| sample.cost.seconds;
-        let operations: Vec<Operation> = Operation::ALL
-            .into_iter()
-            .filter(|operation| value(Tool::Agent.name(), *operation, seconds).is_some())
-            .collect();
-        if operations.is_empty() {
-            return;
-        }
-        let far = if is_far {
-            ", 40 ms added to each request"
-        } else {
-            ""
-        };
-        let _ = write!(text, "## {}{far}\n\n| |", workload.title());
-        for operation in &operations {
-            let _ = write!(text, " {}, s |", operation.name());
-        }
-        let names: Vec<&str> = operations.iter().map(|one| one.name()).collect();
-        let _ = writeln!(
-            text,
-            " processor s ({}) | peak MiB | requests | MB up | MB down by restore |\n|{}",
-            names.join(", "),
-            " --- |".repeat(operations.len() + 6)
-        );
-        let cell = |value: Option<f64>, digits: usize| {
-            value.map_or("–".to_owned(), |value| format!("{value:.digits$}"))
-        };
-        let cells = |name: &str, of: fn(&Sample) -> f64, digits| {
-            let all = operations
-                .iter()
-                .map(|operation| cell(value(name, *operation, of), digits));
-            all.collect::<Vec<_>>()
-        };
-        for tool in &self.tools {
-            let name = tool.name();
-            if value(name, operations[0], seconds).is_none() {
-                continue;
-            }
-            let up: Vec<String> = cells(name, |sample| sample.traffic.received as f64 / 1e6, 2);
-            let backups = operations.iter().filter(|one| **one != Operation::Restore);
-            let _ = writeln!(
-                text,
-                "| {name} | {} | {} | {} | {} | {} | {} |",
-                cells(name, seconds, 3).join(" | "),
-                cells(name, |sample| sample.cost.user + sample.cost.system, 2).join(", "),
-                cells(name, |sample| sample.cost.peak / 1024.0, 0).join(", "),
-                cells(name, |sample| sample.traffic.requests as f64, 0).join(", "),
-                up[..backups.count()].join(", "),
-                cell(
-                    value(name, Operation::Restore, |sample| {
-                        sample.traffic.sent as f64 / 1e6
-                    }),
-                    0
-                ),
-            );
-        }
-        let best = |operation| {
-            let peers = self.tools.iter().filter(|tool| **tool != Tool::Agent);
-            peers
-                .filter_map(|tool| value(tool.name(), operation, seconds))
-                .min_by(f64::total_cmp)
-        };
-        let floor_of = |operation, of| {
-            let floor = match operation {
-                Operation::Full => Floor::Pack,
-                Operation::Unchanged => Floor::Walk,
-                Operation::Restore => Floor::Unpack,
-                Operation::Changed => return None,
-            };
-            value(floor.name(), operation, of)
-        };
-        let floor = |operation| floor_of(operation, seconds);
-        let agent = |operation| value(Tool::Agent.name(), operation, seconds);
-        let ratio = |of: &dyn Fn(Operation) -> Option<f64>| {
-            let cells = operations.iter().map(|&operation| {
-                cell(
-                    agent(operation)
-                        .zip(of(operation))
-                        .map(|(own, other)| own / other),
-                    2,
-                )
-            });
-            cells.collect::<Vec<_>>().join(" | ")
-        };
-        let _ = writeln!(
-            text,
-            "| **agent / best peer** | {} | | | | | |",
-            ratio(&best)
-        );
-        if !is_far {
-            let floors = |of: fn(&Sample) -> f64, digits| {
-                let cells = operations
-                    .iter()
-                    .map(|one| cell(floor_of(*one, of), digits));
-                cells.collect::<Vec<_>>()
-            };
-            let _ = writeln!(
-                text,
-                "| floor without a store | {} | {} | | | | |\n| **agent / floor** | {} | | | | | |",
-                floors(seconds, 3).join(" | "),
-                floors(|sample| sample.cost.user + sample.cost.system, 2).join(", "),
-                ratio(&floor)
-            );
-        }
-        text.push('\n');
     }
 }
 
@@ -464,7 +353,11 @@ impl Sample {
     }
 }
 
-fn median<'a>(samples: impl Iterator<Item = &'a Sample>, of: fn(&Sample) -> f64) -> Option<f64> {
+/// The middle one of a figure's values.
+pub fn median<'a>(
+    samples: impl Iterator<Item = &'a Sample>,
+    of: fn(&Sample) -> f64,
+) -> Option<f64> {
     let mut values: Vec<f64> = samples.map(of).collect();
     values.sort_by(f64::total_cmp);
     values.get(values.len() / 2).copied()
