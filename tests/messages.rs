@@ -130,6 +130,7 @@ fn settings(book: &mut Book) {
         ("RUNTIME_RESTORE_TIMEOUT", "0s"),
         ("RUNTIME_STORE_UNFENCED", "yes"),
         ("RUNTIME_EXCLUDE", "[a"),
+        ("RUNTIME_RETENTION", "last=all"),
         ("RUNTIME_LOG", "loud"),
         ("RUNTIME_BOOT_ID", "x"),
     ] {
@@ -361,7 +362,7 @@ fn bounds(book: &mut Book) {
     let place = Place::memory();
     place
         .s3()
-        .add_fault(Kind::Get, "head.json", 4, Effect::Stall);
+        .add_fault(Kind::Get, "head.json", 6, Effect::Stall);
     let host = Host::new(&place);
     book.add(
         "out of time",
@@ -375,6 +376,13 @@ fn bounds(book: &mut Book) {
         &host,
         &place,
         &["restore", "--timeout", "1s"],
+        124,
+    );
+    book.add(
+        "out of time to prune",
+        &host,
+        &place,
+        &["prune", "--timeout", "500ms"],
         124,
     );
     for (title, signal, code) in [
@@ -444,6 +452,8 @@ fn answers_have_the_members_that_programs_rely_on() {
         &["restore"],
         &["restore", "--target", &target],
         &["list"],
+        &["prune"],
+        &["prune", "--dry-run"],
     ] {
         let mut answer = host.json(arguments);
         mask(&mut answer);
@@ -465,7 +475,8 @@ fn mask(value: &mut serde_json::Value) {
                         *value = name.to_uppercase().into();
                     }
                     (
-                        "durationMs" | "bytesUploaded" | "bytesDownloaded" | "storedBytes",
+                        "durationMs" | "bytesUploaded" | "bytesDownloaded" | "storedBytes"
+                        | "layersBytes" | "monthlyUsd",
                         serde_json::Value::Number(n),
                     ) => {
                         *value = if n.as_u64() == Some(0) && name != "durationMs" {

@@ -659,6 +659,80 @@ fn processes_that_a_dying_agent_left_stopped_go_on() {
     });
 }
 
+// Prunes
+
+/// A supervisor with a first backup made, whose prune waits at the gate `prune`.
+fn pruning(setup: Setup) -> Supervisor {
+    setup.agent(
+        "prune",
+        &json!([{ "gate": "prune", "answer": { "removed": [] } }]),
+    );
+    let supervisor = setup.start();
+    supervisor.until_running(1);
+    assert_eq!(supervisor.post("/v1/backup").status, 200);
+    until("the prune", || {
+        supervisor.setup.agent_calls("prune").len() == 1
+    });
+    supervisor
+}
+
+#[test]
+fn a_prune_follows_the_first_backup_and_not_the_next_ones() {
+    let setup = Setup::new().with("RUNTIME_RETENTION", "last=3");
+    let supervisor = pruning(setup);
+    assert_eq!(supervisor.status()["backup"]["status"], "idle");
+    supervisor.setup.open_gate("prune");
+    until("the end of the prune", || {
+        supervisor.log().contains("\"pruned\"")
+    });
+    for backups in 2..4 {
+        assert_eq!(supervisor.post("/v1/backup").status, 200);
+        assert_eq!(supervisor.setup.agent_calls("backup").len(), backups);
+    }
+    let prunes = supervisor.setup.agent_calls("prune");
+    assert_eq!(prunes.len(), 1);
+    assert_eq!(prunes[0]["arguments"], json!(["prune", "--json"]));
+    assert_eq!(prunes[0]["environment"]["RUNTIME_RETENTION"], "last=3");
+}
+
+#[test]
+fn a_prune_that_fails_is_a_warning_and_no_error_of_the_backup() {
+    let setup = Setup::new();
+    setup.agent("prune", &failure(11, "damaged"));
+    let supervisor = setup.start();
+    supervisor.until_running(1);
+    assert_eq!(supervisor.post("/v1/backup").status, 200);
+    until("the warning", || {
+        let log = supervisor.log();
+        let mut lines = log.lines().filter(|line| line.contains("\"prune failed\""));
+        lines.any(|line| line.contains("\"warn\"") && line.contains("the fake says damaged"))
+    });
+    let backup = &supervisor.status()["backup"];
+    assert_eq!(
+        (&backup["lastError"], &backup["status"]),
+        (&Value::Null, &json!("idle"))
+    );
+    assert_eq!(supervisor.post("/v1/backup").status, 200);
+}
+
+#[test]
+fn a_backup_that_is_asked_for_cuts_a_prune_short() {
+    let supervisor = pruning(Setup::new());
+    let prune = supervisor.setup.agent_calls("prune")[0]["pid"].as_i64();
+    let answer = supervisor.post("/v1/backup");
+    assert_eq!(answer.status, 200);
+    assert!(!is_alive(prune.expect("is a pid")), "one agent at a time");
+    assert_eq!(supervisor.setup.agent_calls("backup").len(), 2);
+}
+
+#[test]
+fn a_shutdown_cuts_a_prune_short_and_starts_none() {
+    let mut supervisor = pruning(Setup::new());
+    assert_eq!(supervisor.stop(), Some(0));
+    assert_eq!(supervisor.setup.agent_calls("backup").len(), 2);
+    assert_eq!(supervisor.setup.agent_calls("prune").len(), 1);
+}
+
 // Shutdown
 
 #[test]

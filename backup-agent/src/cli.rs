@@ -35,8 +35,23 @@ pub enum Verb {
         #[arg(long = "path", value_name = "PATTERN", requires = "target")]
         paths: Vec<String>,
     },
+    /// Check that everything a snapshot names is there and what it was written as
+    Verify {
+        /// A snapshot's id, `latest`, or `all`
+        #[arg(default_value = "latest")]
+        snapshot: String,
+        /// Unpack everything, too, and compare the hash of every file
+        #[arg(long)]
+        deep: bool,
+    },
     /// Show the snapshots of this instance, newest first
     List,
+    /// Remove the snapshots that the retention policy does not keep, and what only they needed
+    Prune {
+        /// Only say what would be removed, and why
+        #[arg(long)]
+        dry_run: bool,
+    },
 }
 
 /// Flags of every verb; each overrides its RUNTIME_ variable.

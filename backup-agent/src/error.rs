@@ -51,11 +51,11 @@ pub enum Error {
         kept: String,
     },
     /// The bound of the whole operation ran out.
-    #[error("stopped after {}: the time bound ran out; the store holds what it held before", Seconds(*.0))]
-    Timeout(Duration),
+    #[error("stopped after {}: the time bound ran out; {left}", Seconds(*.after))]
+    Timeout { after: Duration, left: &'static str },
     /// A signal asked to stop.
-    #[error("stopped by {}; the store holds what it held before", if *.0 == 2 { "SIGINT" } else { "SIGTERM" })]
-    Interrupted(i32),
+    #[error("stopped by {}; {left}", if *.signal == 2 { "SIGINT" } else { "SIGTERM" })]
+    Interrupted { signal: i32, left: &'static str },
     /// A thread of the agent ended without a word: a bug.
     #[error("internal error: the {0} ended without a result; please report it")]
     Internal(&'static str),
@@ -99,8 +99,10 @@ impl Error {
             Self::Settings(_) | Self::Unfenced { .. } => (64, "usage"),
             Self::Local { .. } => (74, "local"),
             Self::Store { .. } => (75, "store_unavailable"),
-            Self::Timeout(_) => (124, "timeout"),
-            Self::Interrupted(signal) => (if *signal == 2 { 130 } else { 143 }, "interrupted"),
+            Self::Timeout { .. } => (124, "timeout"),
+            Self::Interrupted { signal, .. } => {
+                (if *signal == 2 { 130 } else { 143 }, "interrupted")
+            }
         }
     }
 }

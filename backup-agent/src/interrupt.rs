@@ -24,6 +24,10 @@ const TIDY: Duration = Duration::from_millis(500);
 /// Runs the verb to its end, its bound or a signal, whichever is first.
 pub fn bounded(config: &Config, verb: &Verb) -> Result<Answer, Error> {
     let bound = config.bound(verb);
+    let left = match verb {
+        Verb::Prune { .. } => "every snapshot that is left is whole, and the next prune goes on",
+        _ => "the store holds what it held before",
+    };
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -34,12 +38,12 @@ pub fn bounded(config: &Config, verb: &Verb) -> Result<Answer, Error> {
         let work = async {
             tokio::select! {
                 result = commands::run(config, &store, verb) => result,
-                signal = signals => Err(Error::Interrupted(signal)),
+                signal = signals => Err(Error::Interrupted { signal, left }),
             }
         };
         let result = match timeout(bound, work).await {
             Ok(result) => result,
-            Err(_) => Err(Error::Timeout(bound)),
+            Err(_) => Err(Error::Timeout { after: bound, left }),
         };
         if result.is_err() {
             let _ = timeout(TIDY, store.abort_uploads()).await;

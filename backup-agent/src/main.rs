@@ -1,4 +1,4 @@
-//! One-shot command of the runtime: `backup`, `restore` and `list` snapshots of a directory tree.
+//! One-shot command of the runtime: `backup`, `restore`, `list` and `prune` snapshots of a directory tree.
 //!
 //! Results go to standard output, everything else to standard error; the exit code is part of the interface.
 
@@ -47,7 +47,7 @@ fn main() -> ExitCode {
             };
             // A reader that went away (`| head`) changes nothing about what was done.
             let _ = std::io::stdout().write_all(text.as_bytes());
-            ExitCode::SUCCESS
+            ExitCode::from(answer.exit)
         }
         Err(error) => {
             let (exit, word) = error.code();

@@ -27,7 +27,8 @@ const BACKSTOP: Duration = Duration::from_secs(10);
 /// From SIGTERM to SIGKILL: it has to abort an upload and clean up.
 const GRACE: Duration = Duration::from_secs(5);
 
-const MAX_OUTPUT: u64 = 64 * 1024;
+/// A prune has a line for each snapshot: thousands, on a store that was never pruned.
+const MAX_OUTPUT: u64 = 1024 * 1024;
 
 pub mod code {
     pub const NO_SNAPSHOT: i32 = 10;
@@ -43,6 +44,8 @@ pub enum Verb {
     Backup,
     /// A snapshot that leaves the head alone.
     Fork,
+    /// Removes what the retention policy does not keep.
+    Prune,
 }
 
 impl Verb {
@@ -51,6 +54,7 @@ impl Verb {
             Self::Restore => &["restore", "--json"],
             Self::Backup => &["backup", "--json"],
             Self::Fork => &["backup", "--fork", "--json"],
+            Self::Prune => &["prune", "--json"],
         }
     }
 }
@@ -100,7 +104,7 @@ pub fn start(
     let limit = BACKSTOP
         + match verb {
             Verb::Restore => config.restore_timeout,
-            Verb::Backup | Verb::Fork => config.backup_timeout,
+            Verb::Backup | Verb::Fork | Verb::Prune => config.backup_timeout,
         };
     let (cancel, cancelled) = oneshot::channel();
     let secrets = config.secrets.clone();

@@ -1,7 +1,8 @@
-//! When a backup runs, and who waits for it. Pure: the owner starts the runs, time is an argument.
+//! When a backup or a prune runs, and who waits for it. Pure: the owner starts the runs, time is an argument.
 //!
 //! Invariants: at most one run at a time (single flight); none at all before a restore has succeeded or the store is known
-//! to be empty; none after another writer has taken the head.
+//! to be empty; none after another writer has taken the head. A prune follows a backup and is cut short for one that somebody
+//! waits for.
 
 use std::time::Duration;
 
@@ -9,12 +10,15 @@ use crate::agent::Verb;
 use crate::clock::Moment;
 use crate::gateway::backoff::spread;
 
+/// From one prune to the next. Snapshots pile up by the dozen in an hour, and that costs next to nothing.
+const PRUNE_INTERVAL: Duration = Duration::from_hours(1);
+
 /// `R` is whom to answer.
 #[derive(Debug)]
 pub struct Backups<R> {
     mode: Mode,
     interval: Duration,
-    running: bool,
+    running: Option<Verb>,
     /// Whom the run under way answers. They all asked before it began, or while another call's run was under way.
     waiting: Vec<R>,
     /// Asked while a scheduled run was under way, which may have passed what they want saved: theirs is the next.
@@ -22,6 +26,9 @@ pub struct Backups<R> {
     /// The last one of this life, taken when the gateway is down.
     last: Last,
     next: Option<Moment>,
+    is_prune_due: bool,
+    /// When the last prune began.
+    pruned: Option<Moment>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,11 +56,13 @@ impl<R> Backups<R> {
         Self {
             mode: Mode::Disabled,
             interval,
-            running: false,
+            running: None,
             waiting: Vec::new(),
             queued: Vec::new(),
             last: Last::NotDue,
             next: None,
+            is_prune_due: false,
+            pruned: None,
         }
     }
 
@@ -81,7 +90,7 @@ impl<R> Backups<R> {
             Last::Due => false,
             Last::Begun => true,
         };
-        if self.running && is_shared {
+        if self.is_running() && is_shared {
             self.waiting.push(reply);
         } else {
             self.queued.push(reply);
@@ -93,6 +102,7 @@ impl<R> Backups<R> {
     pub fn ask_last(&mut self) {
         self.last = Last::Due;
         self.next = None;
+        self.is_prune_due = false;
     }
 
     /// What to start now, if anything.
@@ -101,21 +111,40 @@ impl<R> Backups<R> {
             return None;
         };
         let is_due = self.next.is_some_and(|next| now >= next);
-        if self.running || !(is_due || self.last == Last::Due || !self.queued.is_empty()) {
+        if self.running.is_some() {
             return None;
+        }
+        if !(is_due || self.is_awaited()) {
+            self.running = std::mem::take(&mut self.is_prune_due).then_some(Verb::Prune);
+            self.pruned = self.running.map_or(self.pruned, |_| Some(now));
+            return self.running;
         }
         if self.last == Last::Due {
             self.last = Last::Begun;
         }
-        self.running = true;
+        self.running = Some(verb);
         self.next = None;
         self.waiting.append(&mut self.queued);
         Some(verb)
     }
 
-    /// A run has ended; returns whom to tell. Follow it with `begin`: more may have been asked meanwhile.
+    /// The run under way has made a snapshot: old ones may go, from the writer of the head, while life goes on.
+    pub fn saved(&mut self, now: Moment) {
+        let is_time = self
+            .pruned
+            .is_none_or(|last| now.saturating_sub(last) >= PRUNE_INTERVAL);
+        self.is_prune_due =
+            is_time && self.last == Last::NotDue && self.mode == Mode::Enabled(Verb::Backup);
+    }
+
+    /// A prune has ended.
+    pub fn end_prune(&mut self) {
+        self.running = None;
+    }
+
+    /// A backup has ended; returns whom to tell. Follow it with `begin`: more may have been asked meanwhile.
     pub fn end(&mut self, now: Moment, jitter: f64) -> Vec<R> {
-        self.running = false;
+        self.running = None;
         self.schedule(now, jitter);
         let mut told = std::mem::take(&mut self.waiting);
         if self.mode == Mode::Fenced {
@@ -126,11 +155,21 @@ impl<R> Backups<R> {
 
     /// Whether nothing runs and nothing more will: the last snapshot is taken, or never to be.
     pub fn is_over(&self) -> bool {
-        !self.running && (self.last != Last::Due || !matches!(self.mode, Mode::Enabled(_)))
+        !self.is_running() && (self.last != Last::Due || !matches!(self.mode, Mode::Enabled(_)))
     }
 
+    /// Whether a backup runs.
     pub fn is_running(&self) -> bool {
-        self.running
+        matches!(self.running, Some(Verb::Backup | Verb::Fork))
+    }
+
+    pub fn is_pruning(&self) -> bool {
+        self.running == Some(Verb::Prune)
+    }
+
+    /// Whether somebody waits for a backup that has not begun.
+    pub fn is_awaited(&self) -> bool {
+        self.last == Last::Due || !self.queued.is_empty()
     }
 
     /// When the next periodic run is due.
@@ -143,7 +182,7 @@ impl<R> Backups<R> {
         match self.mode {
             Mode::Disabled => "disabled",
             Mode::Fenced => "fenced",
-            Mode::Enabled(_) if self.running => "running",
+            Mode::Enabled(_) if self.is_running() => "running",
             Mode::Enabled(_) => "idle",
         }
     }
@@ -246,6 +285,76 @@ mod tests {
         assert_eq!(backups.ask(2), Err((2, Refusal::Fenced)));
         assert_eq!(backups.begin(MINUTE * 9), None);
         assert_eq!(backups.word(), "fenced");
+    }
+
+    #[test]
+    fn a_prune_follows_a_backup_at_most_once_an_hour() {
+        let mut backups = enabled();
+        let mut prunes = Vec::new();
+        for minute in 1..=130 {
+            let now = MINUTE * minute;
+            assert_eq!(backups.begin(now), Some(Verb::Backup), "{minute}");
+            backups.saved(now);
+            backups.end(now, 0.5);
+            if let Some(verb) = backups.begin(now) {
+                assert_eq!((verb, backups.word()), (Verb::Prune, "idle"));
+                assert!(backups.is_pruning() && !backups.is_running());
+                prunes.push(minute);
+                backups.end_prune();
+            }
+            assert_eq!(backups.begin(now), None);
+        }
+        assert_eq!(prunes, [1, 61, 121]);
+    }
+
+    #[test]
+    fn no_prune_follows_a_failure_a_fork_a_fence_or_the_last_snapshot() {
+        let mut backups = enabled();
+        assert_eq!(backups.begin(MINUTE), Some(Verb::Backup));
+        backups.end(MINUTE, 0.5);
+        assert_eq!(backups.begin(MINUTE), None);
+
+        let mut forks = Backups::<u8>::new(MINUTE);
+        forks.enable(Verb::Fork, Duration::ZERO, 0.5);
+        assert_eq!(forks.begin(MINUTE), Some(Verb::Fork));
+        forks.saved(MINUTE);
+        forks.end(MINUTE, 0.5);
+        assert_eq!(forks.begin(MINUTE), None);
+
+        let mut fenced = enabled();
+        assert_eq!(fenced.begin(MINUTE), Some(Verb::Backup));
+        fenced.saved(MINUTE);
+        fenced.fence();
+        fenced.end(MINUTE, 0.5);
+        assert_eq!(fenced.begin(MINUTE), None);
+
+        let mut leaving = enabled();
+        assert_eq!(leaving.begin(MINUTE), Some(Verb::Backup));
+        leaving.saved(MINUTE);
+        leaving.ask_last();
+        leaving.end(MINUTE, 0.5);
+        assert_eq!(leaving.begin(MINUTE), Some(Verb::Backup));
+        leaving.saved(MINUTE);
+        leaving.end(MINUTE, 0.5);
+        assert_eq!(leaving.begin(MINUTE), None);
+        assert!(leaving.is_over());
+    }
+
+    #[test]
+    fn a_scheduled_backup_waits_for_a_prune_and_an_awaited_one_is_known() {
+        let mut backups = enabled();
+        assert_eq!(backups.begin(MINUTE), Some(Verb::Backup));
+        backups.saved(MINUTE);
+        backups.end(MINUTE, 0.5);
+        assert_eq!(backups.begin(MINUTE), Some(Verb::Prune));
+        assert_eq!(backups.begin(MINUTE * 9), None);
+        assert!(!backups.is_awaited());
+        backups.ask(1).expect("is enabled");
+        assert!(backups.is_awaited());
+        assert_eq!(backups.begin(MINUTE * 9), None);
+        backups.end_prune();
+        assert_eq!(backups.begin(MINUTE * 9), Some(Verb::Backup));
+        assert_eq!(backups.end(MINUTE * 9, 0.5), [1]);
     }
 
     #[test]

@@ -10,6 +10,7 @@ pub mod golden;
 pub mod http;
 pub mod moto;
 pub mod openclaw;
+pub mod past;
 pub mod s3;
 pub mod signature;
 pub mod supervisor;

@@ -243,6 +243,13 @@ impl S3 {
         std::mem::take(&mut inner.requests)
     }
 
+    /// How many requests of this kind have arrived since [`Self::take_requests`], answered or not.
+    pub fn arrivals(&self, kind: Kind, key: &str) -> usize {
+        let inner = self.shared.lock();
+        let is_meant = |(known, of): &&(Kind, String)| *known == kind && of.contains(key);
+        inner.arrivals.iter().filter(is_meant).count()
+    }
+
     /// Waits until a request of this kind has arrived since [`Self::take_requests`], answered or not.
     pub fn wait_for(&self, kind: Kind, key: &str) {
         let has_come = |inner: &mut Inner| {

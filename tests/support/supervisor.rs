@@ -91,6 +91,10 @@ impl Setup {
         };
         setup.agent("restore", &failure(10, "no_snapshot"));
         setup.agent("backup", &snapshot("snapshot-1"));
+        setup.agent(
+            "prune",
+            &json!([{ "exit": 0, "answer": { "removed": [], "bytesFreed": 0 } }]),
+        );
         setup.behave(&json!({}));
         setup.devices(&json!({ "pending": [], "paired": [] }));
         setup

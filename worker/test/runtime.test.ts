@@ -316,6 +316,24 @@ describe("lifecycle sleep-after", () => {
     expect(await untilSignal()).toBe(5 * MINUTE);
   });
 
+  it("lets a request end in the container when its client has gone, and counts from then", async () => {
+    let release = (_: Response): void => {};
+    container.onRequest = () => new Promise((resolve) => (release = resolve));
+    const client = new AbortController();
+    const pending = request("/v1/backup", { method: "POST", signal: client.signal });
+    await vi.waitFor(() => expect(container.requests).toHaveLength(2));
+    client.abort();
+    await expect(pending).rejects.toThrow("aborted");
+    for (let i = 0; i < 20; i++) await ring();
+    expect(container.requests[1]!.signal.aborted).toBe(false);
+    expect(container.signals).toEqual([]);
+    await runInDurableObject(object(), async () => {
+      release(new Response("done"));
+      await wait(5);
+    });
+    expect(await untilSignal()).toBe(5 * MINUTE);
+  });
+
   it("sets no alarm once the container is stopped, and does not wake it by cron", async () => {
     await untilSignal();
     await end();

@@ -107,10 +107,14 @@ pub fn compare(a: &[u8], b: &[u8]) -> Ordering {
     }
 }
 
-/// About the bytes that an entry with `data` bytes of content takes in a tar stream: a header, often an extended one too.
+/// About the bytes that an entry with `data` bytes of content takes in a tar stream: a header, nearly always an extended
+/// one too, and what fills the last block.
 pub fn weight(data: u64) -> u64 {
     const HEADERS: u64 = 1536;
-    data.saturating_add(HEADERS)
+    const BLOCK: u64 = 512;
+    data.div_ceil(BLOCK)
+        .saturating_mul(BLOCK)
+        .saturating_add(HEADERS)
 }
 
 /// An entry as JSON. Names that are not UTF-8 go, in base64, under keys of their own.

@@ -1,6 +1,8 @@
 //! The last bytes of a layer: a skippable frame that says where the index is, so that a layer can be read without its
 //! record, and a snapshot be made again from layers alone.
 
+use crate::snapshot::{id::hex, record::Layer};
+
 /// First of the sixteen magic numbers of skippable frames (RFC 8878, section 3.1.2).
 pub const SKIPPABLE: u32 = 0x184D_2A50;
 /// Bytes of a skippable frame's own header.
@@ -40,6 +42,20 @@ impl Footer {
         }
         bytes.extend_from_slice(&self.index_sha256);
         bytes
+    }
+
+    /// Whether the bytes are the footer of a layer with that record.
+    pub fn matches(bytes: &[u8], layer: &Layer) -> bool {
+        let (rest, sum) = bytes.split_at(bytes.len().saturating_sub(32));
+        <[u8; 32]>::try_from(sum).is_ok_and(|index_sha256| {
+            let footer = Self {
+                index_offset: layer.index_offset,
+                index_size: layer.index_size,
+                raw_size: layer.raw_size,
+                index_sha256,
+            };
+            footer.to_bytes().starts_with(rest) && hex(&index_sha256) == layer.index_sha256
+        })
     }
 }
 

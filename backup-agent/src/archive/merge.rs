@@ -33,8 +33,9 @@ pub struct Word {
 
 impl Merge {
     /// The merge of all layers of a snapshot, oldest first.
-    pub fn new(indexes: &[LayerIndex]) -> Result<Self, Error> {
-        let sources = indexes.iter().map(Source::new).collect::<Result<_, _>>()?;
+    pub fn new<'a>(indexes: impl IntoIterator<Item = &'a LayerIndex>) -> Result<Self, Error> {
+        let sources = indexes.into_iter().map(Source::new);
+        let sources = sources.collect::<Result<_, _>>()?;
         Ok(Self { sources })
     }
 

@@ -181,7 +181,7 @@ pub struct Download {
 /// unpacked on a thread for each lane; requests go round the lanes in turn, so the reader finds the frames in order.
 pub struct RawStream {
     layer: Layer,
-    lanes: Vec<Receiver<Result<Unpacked, Error>>>,
+    lanes: Vec<Receiver<Unpacked>>,
     /// Frames still to come from each request, in turn.
     due: std::vec::IntoIter<usize>,
     turn: usize,
@@ -189,13 +189,32 @@ pub struct RawStream {
     current: Vec<u8>,
     /// Place of `current` in the raw stream.
     start: u64,
+    /// Place of the last frame that was not sound.
+    broken: Option<(u64, u64)>,
 }
 
-/// A frame's place in the raw stream and its bytes there.
-type Unpacked = (u64, Vec<u8>);
+/// A frame on its way to the reader: its place in the raw stream, its length there, and its bytes, if it is sound.
+struct Unpacked {
+    start: u64,
+    length: u64,
+    bytes: Result<Vec<u8>, Error>,
+}
+
+/// What is done with frames on their way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Check {
+    /// Their hashes are compared, and that is all.
+    Hash,
+    /// They are unpacked, too.
+    Unpack,
+}
 
 /// Prepares to read the frames of a layer that are wanted.
-pub fn stream(index: &LayerIndex, wanted: &[bool]) -> Result<(Download, RawStream), Error> {
+pub fn stream(
+    index: &LayerIndex,
+    wanted: &[bool],
+    check: Check,
+) -> Result<(Download, RawStream), Error> {
     let requests = plan(&index.frames, wanted);
     let (mut senders, mut receivers) = (Vec::new(), Vec::new());
     for _ in 0..LANES.min(requests.len()) {
@@ -205,7 +224,7 @@ pub fn stream(index: &LayerIndex, wanted: &[bool]) -> Result<(Download, RawStrea
         let decompressor = Decompressor::new().map_err(Error::local("set up", "zstd"))?;
         thread::Builder::new()
             .name("unpacker".to_owned())
-            .spawn(move || unpack(&layer, decompressor, ranges, &unpacked))
+            .spawn(move || unpack(&layer, check, decompressor, ranges, &unpacked))
             .map_err(Error::local("start", "a thread that unpacks"))?;
         senders.push(sender);
         receivers.push(receiver);
@@ -224,6 +243,7 @@ pub fn stream(index: &LayerIndex, wanted: &[bool]) -> Result<(Download, RawStrea
         left: 0,
         current: Vec::new(),
         start: 0,
+        broken: None,
     };
     Ok((download, raw))
 }
@@ -276,19 +296,38 @@ async fn lane(
 /// One lane: ranges in, unpacked frames out, until either end is closed.
 fn unpack(
     layer: &Layer,
+    check: Check,
     mut decompressor: Decompressor<'static>,
     mut ranges: mpsc::Receiver<(Request, Bytes)>,
-    unpacked: &SyncSender<Result<Unpacked, Error>>,
+    unpacked: &SyncSender<Unpacked>,
 ) {
     while let Some((request, mut bytes)) = ranges.blocking_recv() {
         for (start, frame) in request.frames {
             let stored = bytes.split_to(usize::try_from(frame.stored).unwrap_or(usize::MAX));
-            let raw = decode(layer, &mut decompressor, &frame, &stored).map(|raw| (start, raw));
-            if unpacked.send(raw).is_err() {
+            let bytes = match check {
+                Check::Hash => has_hash(layer, &frame, &stored).map(|()| Vec::new()),
+                Check::Unpack => decode(layer, &mut decompressor, &frame, &stored),
+            };
+            let frame = Unpacked {
+                start,
+                length: frame.raw,
+                bytes,
+            };
+            if unpacked.send(frame).is_err() {
                 return;
             }
         }
     }
+}
+
+fn has_hash(layer: &Layer, frame: &Frame, stored: &[u8]) -> Result<(), Error> {
+    let got = hex(&Sha256::digest(stored));
+    if got == frame.sha256 {
+        return Ok(());
+    }
+    let want = &frame.sha256;
+    let reason = format!("expected sha256 {want} of a frame, got {got}");
+    Err(damaged(layer, reason))
 }
 
 /// A frame's raw bytes, if it is what its row says.
@@ -298,12 +337,7 @@ fn decode(
     frame: &Frame,
     stored: &[u8],
 ) -> Result<Vec<u8>, Error> {
-    let got = hex(&Sha256::digest(stored));
-    if got != frame.sha256 {
-        let want = &frame.sha256;
-        let reason = format!("expected sha256 {want} of a frame, got {got}");
-        return Err(damaged(layer, reason));
-    }
+    has_hash(layer, frame, stored)?;
     let raw = usize::try_from(frame.raw).unwrap_or(usize::MAX);
     decompressor
         .decompress(stored, raw)
@@ -328,7 +362,10 @@ impl RawStream {
                 return Err(damaged(&self.layer, "its index points backwards").into());
             }
             if offset >= here {
-                self.advance()?;
+                let Some(frame) = self.next()? else {
+                    return Err(damaged(&self.layer, "its index points beyond its end").into());
+                };
+                frame.sound?;
                 continue;
             }
             let from = usize::try_from(offset - self.start).unwrap_or(usize::MAX);
@@ -339,21 +376,44 @@ impl RawStream {
         Ok(())
     }
 
-    /// Takes the next frame that was asked for.
-    fn advance(&mut self) -> Result<(), Halt> {
+    /// Takes the next frame that was asked for; `None` after the last one.
+    pub fn next(&mut self) -> Result<Option<Passed>, Halt> {
         while self.left == 0 {
-            let due = self.due.next();
-            self.left =
-                due.ok_or_else(|| damaged(&self.layer, "its index points beyond its end"))?;
+            let Some(due) = self.due.next() else {
+                return Ok(None);
+            };
+            self.left = due;
             self.turn += 1;
         }
         self.left -= 1;
         // Free before the next one is taken.
         self.current = Vec::new();
         let lane = &self.lanes[(self.turn - 1) % self.lanes.len()];
-        (self.start, self.current) = lane.recv().map_err(|_| Halt::Stopped)??;
-        Ok(())
+        let frame = lane.recv().map_err(|_| Halt::Stopped)?;
+        self.start = frame.start;
+        let end = frame.start + frame.length;
+        let sound = frame.bytes.map(|bytes| self.current = bytes);
+        if sound.is_err() {
+            self.broken = Some((frame.start, end));
+        }
+        Ok(Some(Passed {
+            start: frame.start,
+            end,
+            sound,
+        }))
     }
+
+    /// Where the last frame was that was not sound.
+    pub fn broken(&self) -> Option<(u64, u64)> {
+        self.broken
+    }
+}
+
+/// A frame that went by: its place in the raw stream, and what is wrong with it.
+pub struct Passed {
+    pub start: u64,
+    pub end: u64,
+    pub sound: Result<(), Error>,
 }
 
 #[cfg(test)]

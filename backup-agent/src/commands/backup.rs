@@ -516,5 +516,5 @@ fn answer(described: &Described, record: Option<&Record>, begun: Instant) -> Ans
         "skipped": record.map_or(0, |record| record.totals.skipped),
         "fork": described.fork,
     });
-    Answer { text, json }
+    Answer::new(text, json)
 }

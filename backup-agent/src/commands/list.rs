@@ -1,7 +1,8 @@
-//! `list`: the snapshots of an instance, newest first.
+//! `list`: the snapshots of an instance, newest first, and what keeping them costs.
 
 use std::collections::{HashMap, HashSet};
 
+use jiff::{SignedDuration, Timestamp};
 use serde_json::json;
 
 use super::{Answer, human_bytes};
@@ -10,7 +11,7 @@ use crate::{
     error::Error,
     log,
     snapshot::{
-        head,
+        head, history, id,
         record::{self, Consistency, Record},
     },
     store::Store,
@@ -21,25 +22,31 @@ pub async fn run(config: &Config, store: &dyn Store) -> Result<Answer, Error> {
     let head = head::read(store).await?;
     let newest = head.and_then(|seen| seen.head.snapshot);
     let mut records = Vec::new();
-    for id in record::list(store).await? {
-        match record::read(store, &id).await {
+    for read in history::read(store, &record::list(store).await?).await {
+        match read {
             Ok(record) => records.push(record),
-            Err(error @ Error::Damaged { .. }) => log::warn(
+            Err(Error::Damaged { key, reason }) => log::warn(
                 "snapshot left out of the list",
-                &[("id", id.into()), ("error", error.to_string().into())],
+                &[("key", key.into()), ("reason", reason.into())],
             ),
             Err(error) => return Err(error),
         }
     }
     records.reverse();
-    let history = history(&records, newest.as_deref());
-    let is_fork = |record: &Record| !history.contains(&record.id);
+    let line: HashSet<&str> = history::line(&records, newest.as_deref())
+        .into_iter()
+        .map(|record| record.id.as_str())
+        .collect();
+    let is_fork = |record: &Record| !line.contains(record.id.as_str());
+    let now = Timestamp::now();
 
     let mut rows = Vec::new();
     if records.is_empty() {
         rows.push(format!("no snapshots in {}\n", config.place()));
     } else {
-        rows.push(row(["ID", "TIME", "FILES", "SIZE", "STORED", "NOTE"]));
+        rows.push(row([
+            "ID", "TIME", "AGE", "PATHS", "SIZE", "STORED", "NOTE",
+        ]));
     }
     let mut list = Vec::new();
     for record in &records {
@@ -53,10 +60,12 @@ pub async fn run(config: &Config, store: &dyn Store) -> Result<Answer, Error> {
             (_, true) => ", fork",
             _ => "",
         };
+        let age = id::time(&record.id).map(|time| now.duration_since(time));
         rows.push(row([
             &record.id,
             &record.time,
-            &record.totals.files.to_string(),
+            &age.map_or_else(String::new, human_age),
+            &record.totals.entries.to_string(),
             &human_bytes(record.totals.bytes),
             &human_bytes(record.totals.stored_bytes),
             &format!("{consistency}{place}"),
@@ -78,28 +87,80 @@ pub async fn run(config: &Config, store: &dyn Store) -> Result<Answer, Error> {
             "fork": is_fork(record),
         }));
     }
-    Ok(Answer {
-        text: rows.concat(),
-        json: json!({ "snapshots": list }),
-    })
-}
-
-fn row([id, time, files, size, stored, note]: [&str; 6]) -> String {
-    format!("{id:28}  {time:24}  {files:>8}  {size:>11}  {stored:>11}  {note}\n")
-}
-
-/// The head and what it follows; every other snapshot is a fork.
-fn history(records: &[Record], newest: Option<&str>) -> HashSet<String> {
-    let parents: HashMap<&str, Option<&str>> = records
+    // Snapshots share layers: each is stored, and paid for, once.
+    let layers: HashMap<&str, u64> = records
         .iter()
-        .map(|record| (record.id.as_str(), record.parent.as_deref()))
+        .flat_map(|record| &record.layers)
+        .map(|layer| (layer.id.as_str(), layer.size))
         .collect();
-    let mut seen = HashSet::new();
-    let mut next = newest;
-    while let Some(id) = next
-        && seen.insert(id.to_owned())
-    {
-        next = parents.get(id).copied().flatten();
+    let bytes = layers.values().sum();
+    let usd = monthly_usd(bytes);
+    if !records.is_empty() {
+        rows.push(format!(
+            "{} in {} layers: ${usd:.4} a month on R2\n",
+            human_bytes(bytes),
+            layers.len(),
+        ));
     }
-    seen
+    let json = json!({ "snapshots": list, "layersBytes": bytes, "monthlyUsd": usd });
+    Ok(Answer::new(rows.concat(), json))
+}
+
+fn row([id, time, age, paths, size, stored, note]: [&str; 7]) -> String {
+    format!("{id:28}  {time:24}  {age:>10}  {paths:>8}  {size:>11}  {stored:>11}  {note}\n")
+}
+
+/// Time since then, in the largest unit that it fills.
+fn human_age(age: SignedDuration) -> String {
+    let seconds = age.as_secs();
+    if age.is_negative() {
+        return "to come".to_owned();
+    }
+    let units = [(86_400, "d"), (3600, "h"), (60, "min")];
+    let unit = units.into_iter().find(|(size, _)| seconds >= *size);
+    let (size, unit) = unit.unwrap_or((1, "s"));
+    format!("{} {unit} ago", seconds / size)
+}
+
+/// What R2 takes for keeping so much, at $0.015 per GB (of 10^9 bytes) and month, in whole millionths.
+fn monthly_usd(bytes: u64) -> f64 {
+    let millionths = u128::from(bytes) * 15_000 / 1_000_000_000;
+    #[expect(
+        clippy::cast_precision_loss,
+        reason = "nobody stores so much that a cent is lost"
+    )]
+    let millionths = millionths as f64;
+    millionths / 1e6
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ages_are_rounded_down_to_one_unit() {
+        for (seconds, want) in [
+            (-1, "to come"),
+            (0, "0 s ago"),
+            (59, "59 s ago"),
+            (60, "1 min ago"),
+            (3 * 3600 + 3599, "3 h ago"),
+            (86_399, "23 h ago"),
+            (400 * 86_400, "400 d ago"),
+        ] {
+            assert_eq!(human_age(SignedDuration::from_secs(seconds)), want);
+        }
+    }
+
+    #[test]
+    fn a_month_costs_what_the_price_list_says() {
+        for (bytes, want) in [
+            (0, "0"),
+            (1_000_000_000, "0.015"),
+            (10_000_000, "0.00015"),
+            (1_000_000_000_000, "15"),
+        ] {
+            assert_eq!(monthly_usd(bytes).to_string(), want);
+        }
+    }
 }

@@ -2,8 +2,10 @@
 
 mod backup;
 mod list;
+mod prune;
 mod restore;
 mod unpack;
+mod verify;
 
 use std::sync::Arc;
 
@@ -29,6 +31,19 @@ pub struct Answer {
     pub text: String,
     /// For programs.
     pub json: Value,
+    /// The exit code: 0, but for a verb that found what it looked for and that is bad.
+    pub exit: u8,
+}
+
+impl Answer {
+    /// The answer of a verb that did what it was told.
+    pub fn new(text: String, json: Value) -> Self {
+        Self {
+            text,
+            json,
+            exit: 0,
+        }
+    }
 }
 
 /// Runs one verb to its end.
@@ -47,7 +62,11 @@ pub async fn run(config: &Config, store: &Arc<dyn Store>, verb: &Verb) -> Result
             target,
             paths,
         } => restore::run(config, store.as_ref(), snapshot, target.as_deref(), paths).await,
+        Verb::Verify { snapshot, deep } => {
+            verify::run(config, store.as_ref(), snapshot, *deep).await
+        }
         Verb::List => list::run(config, store.as_ref()).await,
+        Verb::Prune { dry_run } => prune::run(config, store.as_ref(), *dry_run).await,
     }
 }
 

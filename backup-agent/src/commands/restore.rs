@@ -250,7 +250,7 @@ async fn carry_on(
 }
 
 /// The record that was asked for.
-async fn choose(
+pub async fn choose(
     config: &Config,
     store: &dyn Store,
     wanted: &str,
@@ -385,5 +385,5 @@ fn answer(done: &Done, place: &Path, begun: Instant) -> Answer {
         "bytesDownloaded": done.downloaded,
         "durationMs": u64::try_from(took.as_millis()).unwrap_or(u64::MAX),
     });
-    Answer { text, json }
+    Answer::new(text, json)
 }

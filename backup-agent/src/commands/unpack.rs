@@ -12,7 +12,7 @@ use crate::{
     archive::{
         entry::{Entry, Extent, Kind},
         merge::{Merge, Source},
-        reader::{LayerIndex, RawStream, stream},
+        reader::{Check, LayerIndex, RawStream, stream},
         writer::Halt,
     },
     config::Config,
@@ -99,7 +99,7 @@ pub async fn unpack(
         if !wanted.contains(&true) {
             continue;
         }
-        let (download, raw) = stream(index, wanted)?;
+        let (download, raw) = stream(index, wanted, Check::Unpack)?;
         let entries = Source::new(index)?;
         let marks = std::mem::take(live);
         let write = with_identity(config.identity, "writer", move || {

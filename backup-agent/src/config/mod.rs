@@ -13,6 +13,7 @@ use crate::{
     cli::{Flags, Verb},
     error::Error,
     log,
+    snapshot::retention::Policy,
     tree::{exclude::Excludes, identity::Identity},
 };
 
@@ -80,6 +81,8 @@ pub struct Config {
     pub identity: Option<Identity>,
     pub excludes: Excludes,
     pub effort: Effort,
+    /// Which snapshots a prune keeps.
+    pub retention: Policy,
     /// The operator answers for a store without conditional writes.
     pub is_unfenced_allowed: bool,
     /// Set when a runtime runs the agent: the name in which it owns the instance.
@@ -133,6 +136,7 @@ impl Config {
                 level: flags.level,
                 jobs: flags.jobs.map_or_else(default_jobs, usize::from),
             },
+            retention: source.retention(),
             is_unfenced_allowed: match source.text("RUNTIME_STORE_UNFENCED").as_deref() {
                 None => false,
                 Some("allow") => true,
@@ -159,8 +163,8 @@ impl Config {
     /// The hard bound of a verb.
     pub fn bound(&self, verb: &Verb) -> Duration {
         self.timeout.unwrap_or(match verb {
-            Verb::Backup { .. } => self.backup_timeout,
-            Verb::Restore { .. } | Verb::List => self.restore_timeout,
+            Verb::Backup { .. } | Verb::Prune { .. } => self.backup_timeout,
+            Verb::Restore { .. } | Verb::Verify { .. } | Verb::List => self.restore_timeout,
         })
     }
 

@@ -7,7 +7,10 @@ use nix::unistd::{Gid, Uid, User};
 use url::Url;
 
 use super::{Bucket, Location, Secret, parse_duration};
-use crate::tree::{exclude::Excludes, identity::Identity};
+use crate::{
+    snapshot::retention::Policy,
+    tree::{exclude::Excludes, identity::Identity},
+};
 
 /// An identity to assume: root's own is none.
 fn apart(identity: Identity) -> Option<Identity> {
@@ -146,6 +149,16 @@ impl Source<'_> {
         Excludes::new(&extra).unwrap_or_else(|problem| {
             self.reject("RUNTIME_EXCLUDE", problem);
             Excludes::default()
+        })
+    }
+
+    pub fn retention(&mut self) -> Policy {
+        let text = self.text("RUNTIME_RETENTION");
+        let text = text.as_deref().unwrap_or(Policy::DEFAULT);
+        Policy::parse(text).unwrap_or_else(|| {
+            let reason = format_args!("{text:?} is not a list such as {}", Policy::DEFAULT);
+            self.reject("RUNTIME_RETENTION", reason);
+            Policy::default()
         })
     }
 

@@ -1,6 +1,6 @@
 //! Names that sort by time: `20260102T030405006Z-89abcdef`.
 
-use jiff::{Timestamp, tz::TimeZone};
+use jiff::{Timestamp, civil::DateTime, tz::TimeZone};
 
 /// The time now, in milliseconds, as an id has it and as RFC 3339.
 pub fn now() -> (String, String) {
@@ -13,6 +13,24 @@ pub fn now() -> (String, String) {
 pub fn new() -> Result<(String, String), std::io::Error> {
     let (time, rfc3339) = now();
     Ok((format!("{time}-{}", random_hex::<4>()?), rfc3339))
+}
+
+/// The UTC time in an id, or in RFC 3339 as S3 writes it: the digits from year to milliseconds, whatever is between them.
+/// `None` where they are no time.
+pub fn time(text: &str) -> Option<Timestamp> {
+    let mut digits = text.bytes().filter(u8::is_ascii_digit);
+    let mut number = |length| {
+        (0..length).try_fold(0, |number, _| {
+            Some(10 * number + i16::from(digits.next()? - b'0'))
+        })
+    };
+    let year = number(4)?;
+    let mut small = || i8::try_from(number(2)?).ok();
+    let date = [small()?, small()?];
+    let clock = [small()?, small()?, small()?];
+    let nanos = i32::from(number(3).unwrap_or_default()) * 1_000_000;
+    let time = DateTime::new(year, date[0], date[1], clock[0], clock[1], clock[2], nanos);
+    TimeZone::UTC.to_timestamp(time.ok()?).ok()
 }
 
 /// `N` random bytes in hexadecimal.
@@ -61,7 +79,23 @@ mod tests {
         assert_ne!(first, second);
         assert!(first[..19] <= second[..19]);
         assert_eq!(time.len(), "2026-01-02T03:04:05.006Z".len());
-        assert!(time.parse::<Timestamp>().is_ok(), "{time}");
+        let parsed = time.parse::<Timestamp>().expect("it is RFC 3339");
+        for text in [&first, &time] {
+            assert_eq!(super::time(text), Some(parsed));
+        }
+        let whole = "2026-01-02T03:04:05Z";
+        assert_eq!(super::time(whole), whole.parse().ok());
+    }
+
+    #[test]
+    fn digits_that_are_no_time_have_none() {
+        for bad in [
+            "20261301T000000000Z-89abcdef",
+            "20260101T250000000Z-89abcdef",
+            "latest",
+        ] {
+            assert_eq!(time(bad), None, "{bad}");
+        }
     }
 
     #[test]

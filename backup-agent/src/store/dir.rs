@@ -4,21 +4,27 @@
 //! advisory lock, which holds between processes of one machine and on network file systems that support it.
 
 use std::{
-    fs::{self, DirBuilder, File, OpenOptions},
+    fs::{self, DirBuilder, DirEntry, File, OpenOptions},
     io::{self, Read, Seek, SeekFrom, Write},
     os::unix::fs::{DirBuilderExt, OpenOptionsExt},
     path::{Path, PathBuf},
 };
 
 use hyper::body::Bytes;
+use jiff::Timestamp;
 use sha2::{Digest, Sha256};
 use tokio::sync::mpsc;
 
-use super::{Part, Pending, SMALL_OBJECT, Store, StoreError};
+use super::{PROBE, Part, Pending, SMALL_OBJECT, Store, StoreError};
 use crate::snapshot::id;
 
 /// Names that begin so are not objects: the lock and files under way.
 const HIDDEN: char = '.';
+
+/// Names that begin so are files under way, each writer's with random digits of its own.
+const UNDER_WAY: &str = ".under-way-";
+/// Where files under way are.
+const FOLDERS: [&str; 3] = ["", "layers", "snapshots"];
 
 /// Objects below one directory.
 #[derive(Debug)]
@@ -33,7 +39,7 @@ impl Directory {
     pub fn new(base: PathBuf) -> Result<Self, io::Error> {
         Ok(Self {
             base,
-            under_way: format!("{HIDDEN}under-way-{}", id::random_hex::<8>()?),
+            under_way: format!("{UNDER_WAY}{}", id::random_hex::<8>()?),
         })
     }
 
@@ -153,13 +159,47 @@ impl Store for Directory {
         })
     }
 
+    fn sweep(&self, before: Timestamp) -> Pending<'_, u64> {
+        self.blocking(move |base, _| {
+            let mut removed = 0;
+            for folder in FOLDERS {
+                let entries = match fs::read_dir(base.join(folder)) {
+                    Ok(entries) => entries,
+                    Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                    Err(error) => return Err(error.into()),
+                };
+                for entry in entries {
+                    let entry = entry?;
+                    let name = entry.file_name();
+                    let name = name.to_string_lossy();
+                    let is_leftover = name.starts_with(UNDER_WAY)
+                        || (folder.is_empty() && name.starts_with(PROBE));
+                    // A writer that is alive writes: its file has a young time of change, or is gone by now.
+                    if is_leftover && is_older(&entry, before)? {
+                        fs::remove_file(entry.path())?;
+                        removed += 1;
+                    }
+                }
+            }
+            Ok(removed)
+        })
+    }
+
     fn abort_uploads(&self) -> Pending<'_, ()> {
         self.blocking(move |base, under_way| {
-            for place in ["", "layers", "snapshots"] {
-                let _ = fs::remove_file(base.join(place).join(under_way));
+            for folder in FOLDERS {
+                let _ = fs::remove_file(base.join(folder).join(under_way));
             }
             Ok(())
         })
+    }
+}
+
+fn is_older(entry: &DirEntry, before: Timestamp) -> Result<bool, io::Error> {
+    match entry.metadata().and_then(|metadata| metadata.modified()) {
+        Ok(time) => Ok(time < before.into()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(error),
     }
 }
 

@@ -11,6 +11,7 @@ mod s3;
 use std::{io, pin::Pin, sync::Arc, time::Duration};
 
 use hyper::body::Bytes;
+use jiff::Timestamp;
 use tokio::sync::mpsc;
 
 use crate::{
@@ -31,6 +32,9 @@ pub struct Part {
 
 /// Largest object that [`Store::get`] takes: records and heads have a few hundred bytes for each layer.
 pub const SMALL_OBJECT: usize = 1 << 20;
+
+/// Keys that begin so are objects of [`check_conditions`], removed at its end unless it is killed.
+const PROBE: &str = "probe-";
 
 /// A place that keeps objects.
 pub trait Store {
@@ -57,6 +61,9 @@ pub trait Store {
 
     /// Removes an object; one that is not there is removed already.
     fn delete<'a>(&'a self, key: &'a str) -> Pending<'a, ()>;
+
+    /// Removes what writers that died before then left: probes, and files under way. Gives their number.
+    fn sweep(&self, before: Timestamp) -> Pending<'_, u64>;
 
     /// Lets go of what interrupted uploads hold on the store.
     fn abort_uploads(&self) -> Pending<'_, ()>;
@@ -133,7 +140,7 @@ pub fn open(config: &Config, bound: Duration) -> Result<Arc<dyn Store>, Error> {
 /// Finds out whether the store honours conditional writes, on an object of its own.
 pub async fn check_conditions(store: &dyn Store) -> Result<(), Error> {
     let suffix = id::random_hex::<8>().map_err(Error::local("read", "random bytes"))?;
-    let key = format!("probe-{suffix}");
+    let key = format!("{PROBE}{suffix}");
     let broken = is_broken(store, &key).await;
     let deleted = store.delete(&key).await;
     match broken.map_err(Error::store("probe", &key))? {

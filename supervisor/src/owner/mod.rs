@@ -115,8 +115,9 @@ impl Owner {
             if self.state.phase == Phase::Down && self.run.is_none() && self.backups.is_over() {
                 return !self.is_final_snapshot_lost;
             }
-            // A backup that is due waits for a sweep, whose end is an event.
-            let next_backup = self.backups.next().filter(|_| !self.is_sweeping());
+            // A backup that is due waits for a sweep or a prune, whose ends are events.
+            let is_held = self.is_sweeping() || self.backups.is_pruning();
+            let next_backup = self.backups.next().filter(|_| !is_held);
             let due = [self.state.deadline(), next_backup];
             let due = due.into_iter().flatten().min();
             tokio::select! {
@@ -153,6 +154,7 @@ impl Owner {
             Event::Swept => self.step(state::Event::Swept),
             Event::AgentEnded(Verb::Restore, outcome) => self.restored(outcome),
             Event::AgentEnded(Verb::Backup | Verb::Fork, outcome) => self.backed_up(outcome),
+            Event::AgentEnded(Verb::Prune, outcome) => self.pruned(outcome),
         }
     }
 

@@ -1,4 +1,4 @@
-//! The owner's hands on the agent: restores, backups, and what their outcomes mean.
+//! The owner's hands on the agent: restores, backups, prunes, and what their outcomes mean.
 
 use std::time::SystemTime;
 
@@ -68,6 +68,10 @@ impl Owner {
 
     /// Starts the run that is due. Not during a sweep: that might take the young agent for one of the gateway's.
     pub(super) fn begin_backup(&mut self) {
+        if self.backups.is_pruning() && self.backups.is_awaited() {
+            // Whatever it has not removed is removed by the next one.
+            self.cancel_agent();
+        }
         if self.is_sweeping() {
             return;
         }
@@ -85,6 +89,7 @@ impl Owner {
                 self.status.snapshot = text(&answer["snapshot"]).or(known.1);
                 self.status.backup_error = None;
                 log!(Info, "backed up", snapshot = self.status.snapshot.clone());
+                self.backups.saved(self.now());
                 Ok(json!({
                     "lastBackup": self.status.last_backup,
                     "snapshot": self.status.snapshot,
@@ -115,6 +120,26 @@ impl Owner {
         }
         for reply in self.backups.end(self.now(), jitter()) {
             let _ = reply.send(answer.clone());
+        }
+    }
+
+    /// A prune that fails is tried again in an hour, and no backup is the worse for it.
+    pub(super) fn pruned(&mut self, outcome: Outcome) {
+        self.run = None;
+        self.backups.end_prune();
+        match outcome {
+            Ok(answer) => log!(
+                Info,
+                "pruned",
+                removed = answer["removed"].as_array().map(Vec::len),
+                bytes_freed = answer["bytesFreed"].clone()
+            ),
+            Err(Failure { code, .. }) if code == code::INTERRUPTED => {
+                log!(Info, "prune cut short");
+            }
+            Err(Failure { code, error }) => {
+                log!(Warn, "prune failed", code = code, reason = error);
+            }
         }
     }
 }

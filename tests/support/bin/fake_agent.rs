@@ -1,6 +1,6 @@
 //! Stands in for `backup-agent`: answers as the test has written down beside it, and notes how it was called.
 //!
-//! `restore.json` and `backup.json` hold a list of steps, one per run; the last one repeats. A step is
+//! `restore.json`, `backup.json` and `prune.json` hold a list of steps, one per run; the last one repeats. A step is
 //! `{"exit": 0, "answer": {…}, "gate": "name"}`; with a gate the run waits until a file of that name is there.
 
 use std::fs::{self, OpenOptions};

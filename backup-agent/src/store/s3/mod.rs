@@ -9,6 +9,7 @@ use std::{
 };
 
 use hyper::{HeaderMap, Method, StatusCode, body::Bytes};
+use jiff::Timestamp;
 use rusty_s3::{
     Bucket, Credentials, S3Action, UrlStyle,
     actions::{AbortMultipartUpload, ListObjectsV2},
@@ -16,8 +17,8 @@ use rusty_s3::{
 use tokio::{sync::mpsc, task::JoinSet};
 
 use self::remote::{ANSWER, EXPIRY, Remote, deadline, entity_tag, header_value, whole_size};
-use super::{Part, Pending, SMALL_OBJECT, Store, StoreError, http::Http, retry::retry};
-use crate::{config, error::Error};
+use super::{PROBE, Part, Pending, SMALL_OBJECT, Store, StoreError, http::Http, retry::retry};
+use crate::{config, error::Error, snapshot::id};
 
 /// Parts of one upload that are on their way at once. Two keep the line busy while the next part is compressed.
 const IN_FLIGHT: usize = 2;
@@ -65,6 +66,42 @@ impl S3 {
     fn forget(&self, upload_id: &str) {
         if let Ok(mut open) = self.open.lock() {
             open.retain(|(_, known)| known != upload_id);
+        }
+    }
+
+    /// Keys that begin so, each with the service's word on when it was last written.
+    async fn objects(&self, prefix: &str) -> Result<Vec<(String, Option<Timestamp>)>, StoreError> {
+        let full = self.object(prefix);
+        let mut objects = Vec::new();
+        let mut token: Option<String> = None;
+        loop {
+            let page = token.clone();
+            let action = |remote: &Remote| {
+                let mut list = remote.bucket.list_objects_v2(Some(&remote.credentials));
+                list.with_prefix(full.as_str());
+                if let Some(token) = &page {
+                    list.with_continuation_token(token.as_str());
+                }
+                (list.sign(EXPIRY), HeaderMap::new())
+            };
+            let (_, page) = self
+                .remote
+                .send_and(Method::GET, action, Bytes::new(), ANSWER, |answer| {
+                    let text = std::str::from_utf8(&answer.body).ok()?;
+                    ListObjectsV2::parse_response(text).ok()
+                })
+                .await?;
+            for object in page.contents {
+                if let Some(key) = object.key.strip_prefix(&self.prefix) {
+                    let modified = object.last_modified.as_deref().and_then(id::time);
+                    objects.push((key.to_owned(), modified));
+                }
+            }
+            match page.next_continuation_token {
+                // A service that hands out the same page for ever must not hold us for ever.
+                next @ Some(_) if next != token => token = next,
+                _ => return Ok(objects),
+            }
         }
     }
 
@@ -202,37 +239,8 @@ impl Store for S3 {
 
     fn list<'a>(&'a self, prefix: &'a str) -> Pending<'a, Vec<String>> {
         Box::pin(async move {
-            let full = self.object(prefix);
-            let mut keys = Vec::new();
-            let mut token: Option<String> = None;
-            loop {
-                let page = token.clone();
-                let action = |remote: &Remote| {
-                    let mut list = remote.bucket.list_objects_v2(Some(&remote.credentials));
-                    list.with_prefix(full.as_str());
-                    if let Some(token) = &page {
-                        list.with_continuation_token(token.as_str());
-                    }
-                    (list.sign(EXPIRY), HeaderMap::new())
-                };
-                let (_, page) = self
-                    .remote
-                    .send_and(Method::GET, action, Bytes::new(), ANSWER, |answer| {
-                        let text = std::str::from_utf8(&answer.body).ok()?;
-                        ListObjectsV2::parse_response(text).ok()
-                    })
-                    .await?;
-                let relative = page
-                    .contents
-                    .iter()
-                    .filter_map(|object| object.key.strip_prefix(&self.prefix));
-                keys.extend(relative.map(str::to_owned));
-                match page.next_continuation_token {
-                    // A service that hands out the same page for ever must not hold us for ever.
-                    next @ Some(_) if next != token => token = next,
-                    _ => return Ok(keys),
-                }
-            }
+            let objects = self.objects(prefix).await?;
+            Ok(objects.into_iter().map(|(key, _)| key).collect())
         })
     }
 
@@ -253,6 +261,19 @@ impl Store for S3 {
                 Ok(_) | Err(StoreError::NotFound) => Ok(()),
                 Err(error) => Err(error),
             }
+        })
+    }
+
+    fn sweep(&self, before: Timestamp) -> Pending<'_, u64> {
+        Box::pin(async move {
+            let mut removed = 0;
+            for (key, modified) in self.objects(PROBE).await? {
+                if modified.is_some_and(|time| time < before) {
+                    self.delete(&key).await?;
+                    removed += 1;
+                }
+            }
+            Ok(removed)
         })
     }
 

@@ -1,0 +1,130 @@
+//! All snapshots of an instance together: reading their records, and which of them the head follows.
+
+use futures_util::{StreamExt, stream};
+
+use crate::{
+    error::Error,
+    snapshot::record::{self, Record},
+    store::Store,
+};
+
+/// Requests under way at once where there is one for each of many objects: it hides the round trips, and stays far below
+/// what a service takes from one client.
+pub const AT_ONCE: usize = 8;
+
+/// Reads these records, in this order. A snapshot that was removed meanwhile is left out.
+pub async fn read(store: &dyn Store, ids: &[String]) -> Vec<Result<Record, Error>> {
+    stream::iter(ids)
+        .map(|id| record::read(store, id))
+        .buffered(AT_ONCE)
+        .filter(|read| std::future::ready(!matches!(read, Err(Error::UnknownSnapshot { .. }))))
+        .collect()
+        .await
+}
+
+/// The snapshot `tip` and what it follows, newest first. Every other snapshot is a fork.
+///
+/// Where the parent was removed, the line goes on with the snapshot of the next lower sequence. One with the parent's own
+/// sequence is a fork that left there, since the parent's id is known; forks below it have the child of where they left
+/// kept as long as they are (see `retention`), so that the line is never lost to one of them.
+pub fn line<'a>(records: &'a [Record], tip: Option<&str>) -> Vec<&'a Record> {
+    let named = |id: &str| records.iter().find(|record| record.id == id);
+    let mut line = Vec::new();
+    let mut next = tip.and_then(named);
+    while let Some(record) = next {
+        line.push(record);
+        next = record.parent.as_deref().and_then(|parent| {
+            let parent = named(parent).filter(|parent| parent.sequence < record.sequence);
+            parent.or_else(|| {
+                let is_older =
+                    |other: &&Record| !other.fork && other.sequence + 1 < record.sequence;
+                let older = records.iter().filter(is_older);
+                older.max_by_key(|other| (other.sequence, &other.id))
+            })
+        });
+    }
+    line
+}
+
+#[cfg(test)]
+pub mod tests {
+    use super::*;
+    use crate::snapshot::record::{Consistency, FORMAT, Totals};
+
+    /// A record of 1,000 bytes in 10 files without layers.
+    pub fn record(id: &str, parent: Option<&str>, sequence: u64) -> Record {
+        Record {
+            format: FORMAT,
+            id: id.to_owned(),
+            parent: parent.map(str::to_owned),
+            sequence,
+            time: String::new(),
+            writer: String::new(),
+            tool: String::new(),
+            consistency: Consistency::Instant,
+            fork: false,
+            totals: Totals {
+                files: 10,
+                bytes: 1000,
+                ..Totals::default()
+            },
+            layers: Vec::new(),
+        }
+    }
+
+    fn ids(records: &[Record], tip: &str) -> String {
+        let line = line(records, Some(tip)).into_iter();
+        line.map(|record| record.id.as_str()).collect()
+    }
+
+    #[test]
+    fn the_line_follows_parents_and_leaves_forks_aside() {
+        let known = record("x", Some("a"), 2);
+        let knowing = Record {
+            fork: true,
+            ..record("y", Some("b"), 3)
+        };
+        let records = [
+            record("a", None, 1),
+            record("b", Some("a"), 2),
+            record("c", Some("b"), 3),
+            known,
+            knowing,
+        ];
+        assert_eq!(ids(&records, "c"), "cba");
+        assert_eq!(ids(&records, "y"), "yba");
+        assert_eq!(ids(&records, "gone"), "");
+        assert!(line(&records, None).is_empty());
+    }
+
+    #[test]
+    fn the_line_goes_on_over_a_removed_snapshot() {
+        let fork = Record {
+            fork: true,
+            ..record("y", Some("c"), 4)
+        };
+        let records = [
+            record("a", None, 1),
+            record("c", Some("b"), 3),
+            fork,
+            record("f", Some("e"), 6),
+        ];
+        assert_eq!(ids(&records, "f"), "fca");
+    }
+
+    #[test]
+    fn a_loser_with_the_sequence_of_the_removed_parent_is_not_taken_for_it() {
+        let records = [
+            record("a", None, 1),
+            record("x", Some("b"), 3),
+            record("d", Some("c"), 4),
+        ];
+        assert_eq!(ids(&records, "d"), "da");
+    }
+
+    #[test]
+    fn parents_in_a_circle_end() {
+        let records = [record("a", Some("b"), 2), record("b", Some("a"), 2)];
+        assert_eq!(ids(&records, "b"), "b");
+    }
+}
