@@ -117,6 +117,17 @@ fn first_line(program: &str, argument: &str) -> Outcome<String> {
     Ok(text.lines().next().unwrap_or_default().to_owned())
 }
 
+/// A program's name and its version: of what it prints, the first number with dots.
+fn version(program: &str, flag: &str) -> Outcome<String> {
+    let line = first_line(program, flag)?;
+    let words = line.split([' ', '/', ',']);
+    let mut words = words.map(|word| word.trim_start_matches('v'));
+    let is_version =
+        |word: &&str| word.starts_with(|c: char| c.is_ascii_digit()) && word.contains('.');
+    let version = words.find(is_version).ok_or("it prints no version")?;
+    Ok(format!("{program} {version}"))
+}
+
 /// The value behind a name in one of the kernel's files.
 fn kernel_value(file: &str, name: &str) -> Outcome<String> {
     let text = fs::read_to_string(file)?;
@@ -134,16 +145,15 @@ impl Report {
             .trim_end_matches(" kB")
             .parse()?;
         let machine = format!(
-            "{} processors ({}), {} GiB of memory, Linux {}",
+            "{} processors ({}), {} GiB of memory",
             std::thread::available_parallelism()?,
             kernel_value("/proc/cpuinfo", "model name")?,
-            memory.div_ceil(1 << 20),
-            first_line("uname", "-r")?
+            memory.div_ceil(1 << 20)
         );
         let mut versions = Vec::new();
         for tool in tools {
             for (program, flag) in tool.programs() {
-                versions.push(first_line(program, flag)?);
+                versions.push(version(program, flag)?);
             }
         }
         Ok(Self {
@@ -221,9 +231,9 @@ impl Report {
             .count();
         let mut page = format!(
             "# Backup and restore beside other tools\n\n\
-             `make bench-backup`, {}, on {}: whole processes, one after the other in turns, with the same tree on tmpfs and the\n\
-             same S3 server in memory on loopback. Rounds: {rounds}, with {UNCHANGED} unchanged backups in each. Medians; [every single run](../../tests/benches/runs/{raw}). Memory is the peak of\n\
-             the largest process. Ratios are to the best of the other tools; below 1 the agent takes less.\n\n\
+             `make bench-backup`, {}, on {}. Whole processes, in turns, with the same tree on tmpfs and the same S3 server in\n\
+             memory on loopback. Medians of {rounds} rounds, with {UNCHANGED} unchanged backups in each; [every single run](../../tests/benches/runs/{raw}).\n\
+             Memory is the peak of the largest process. Ratios are to the best of the other tools; below 1 the agent takes less.\n\n\
              ![Times of W1](backup.svg)\n\n",
             self.date, self.machine
         );
