@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help run test lint advisories release bench bench-edge image e2e worker deploy clean
+.PHONY: help run test lint advisories release bench bench-backup bench-edge image e2e worker deploy clean
 
 # Static binaries: they run in any image. On another machine's architecture this needs a cross compiler for C.
 TARGET ?= $(patsubst arm64,aarch64,$(shell uname -m))-unknown-linux-musl
@@ -68,6 +68,9 @@ release: ## Build both static binaries into dist/ and print their sizes
 
 bench: release ## Measure the released binaries with a real gateway; prints a table
 	@E2E_BIN_DIR="$$PWD/dist" cargo bench --locked -p e2e --bench runtime
+
+bench-backup: release ## Measure backup and restore beside the peers in PATH; writes docs/benchmarks/backup.md
+	@E2E_BIN_DIR="$$PWD/dist" cargo bench --locked -p e2e --bench backup
 
 bench-edge: image worker ## Measure the edge with a container of the image; prints a table; needs a Docker engine
 	$(call need,python3 -c 'import ensurepip',python3-venv)
