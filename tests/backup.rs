@@ -216,13 +216,14 @@ fn a_list_shows_every_snapshot_newest_first(place: &Place) {
 
     let table = host.run(&["list"]).expect(0);
     let lines: Vec<_> = table.stdout.lines().collect();
-    assert_eq!(lines.len(), 5, "{}", table.stdout);
+    assert_eq!(lines.len(), 6, "{}", table.stdout);
     assert_eq!(
         lines[0].split_whitespace().collect::<Vec<_>>(),
-        ["ID", "TIME", "FILES", "SIZE", "STORED", "NOTE"]
+        ["ID", "TIME", "AGE", "PATHS", "SIZE", "STORED", "NOTE"]
     );
     assert!(lines[1].ends_with("instant, fork"), "{}", lines[1]);
     assert!(lines[2].ends_with("instant, head"), "{}", lines[2]);
+    assert!(lines[5].contains("a month on R2"), "{}", lines[5]);
     assert_eq!(table.stderr, "", "a list has nothing to add");
 }
 

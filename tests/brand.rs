@@ -11,14 +11,14 @@ const FORMER: [&str; 3] = ["warelay", "clawd", "moltbot"];
 
 /// What has to know them: it reads what the gateway wrote under those names. And this list.
 const KNOWS_FORMER: [&str; 4] = [
-    "backup-agent/src/commands/import.rs",
+    "backup-agent/src/commands/import/layout.rs",
     "docs/migration.md",
     "tests/brand.rs",
     "tests/import.rs",
 ];
 
 /// Where the programs say `openclaw` because the gateway is meant. Messages call it the gateway.
-const MEANT: [&str; 9] = [
+const MEANT: [&str; 12] = [
     "\"OPENCLAW_",                  // its environment, whole names: no RUNTIME_OPENCLAW_…
     ".openclaw",                    // its folder; the field below
     "openclaw.json",                // its configuration
@@ -27,6 +27,9 @@ const MEANT: [&str; 9] = [
     "\"openclaw-{}\"",              // its folder for locks
     "pub openclaw: Option<String>", // its version
     "openclaw: None",               // likewise
+    "\"openclaw/\"",                // its folder in another set-up's bucket
+    "no folder openclaw (",         // likewise
+    "`openclaw doctor`",            // its command
     "one OpenClaw gateway",         // what the supervisor keeps running, as its help says
 ];
 

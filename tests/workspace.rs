@@ -6,7 +6,7 @@ use std::path::Path;
 use std::process::Command;
 
 use e2e::tree::{Tree, assert_same, describe};
-use e2e::workspace::{Scale, generate, many_small, touch_one_percent};
+use e2e::workspace::{Scale, generate, many_small, touch_one_percent, touch_sessions};
 
 type Outcome = Result<(), Box<dyn Error>>;
 
@@ -88,6 +88,8 @@ fn workspace_is_touched_in_one_file_of_a_hundred() -> Outcome {
     let count = changed(&before, &after);
     assert!((5..=9).contains(&count), "{count} files changed");
     assert_eq!(before.len(), after.len(), "a rename adds nothing");
+    touch_sessions(folder.path(), 1)?;
+    assert!(changed(&after, &describe(folder.path())) > 4);
     for database in fs::read_dir(folder.path().join("databases"))? {
         let name = database?.file_name();
         assert!(

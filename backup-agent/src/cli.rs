@@ -1,12 +1,22 @@
 //! The command line: verbs and flags, nothing decided here.
 
-use std::path::PathBuf;
+use std::{num::NonZeroU64, path::PathBuf};
 
 use clap::{Args, Parser, Subcommand};
+use clap_complete::Shell;
+
+const EXAMPLES: &str = "\
+Examples:
+  backup-agent list --store s3://bucket/prefix --instance alice
+  backup-agent restore --dry-run
+  backup-agent restore 20260102T030405006Z-89abcdef --target /tmp/look --path '*.sqlite*'
+  backup-agent verify all --deep
+  backup-agent prune --dry-run
+Settings come from RUNTIME_* variables; flags override them.";
 
 /// Keeps a directory tree as snapshots on an S3-compatible store or in a directory.
 #[derive(Debug, Parser)]
-#[command(name = "backup-agent", version, max_term_width = 100)]
+#[command(name = "backup-agent", version, max_term_width = 100, after_help = EXAMPLES)]
 pub struct Cli {
     #[command(subcommand)]
     pub verb: Verb,
@@ -24,17 +34,7 @@ pub enum Verb {
         fork: bool,
     },
     /// Bring a snapshot back; a tree that already equals it is left alone
-    Restore {
-        /// A snapshot's id as `list` shows it, or `latest`
-        #[arg(default_value = "latest")]
-        snapshot: String,
-        /// Unpack into this new or empty directory instead of replacing the root
-        #[arg(long, value_name = "DIR")]
-        target: Option<PathBuf>,
-        /// Only what matches, with everything below; gitignore-style, can be given again
-        #[arg(long = "path", value_name = "PATTERN", requires = "target")]
-        paths: Vec<String>,
-    },
+    Restore(Restore),
     /// Check that everything a snapshot names is there and what it was written as
     Verify {
         /// A snapshot's id, `latest`, or `all`
@@ -52,12 +52,37 @@ pub enum Verb {
         #[arg(long)]
         dry_run: bool,
     },
+    /// Print a script that completes commands in a shell
+    Completions {
+        /// Such as bash, zsh or fish
+        shell: Shell,
+    },
     /// Make the first snapshot of an instance out of the folders that another set-up keeps
     Import {
         /// What holds the folders: <s3://bucket/prefix> or <file:///dir>
         #[arg(long, value_name = "URL")]
         from: String,
     },
+}
+
+/// What to bring back, and where to.
+#[derive(Debug, Args)]
+pub struct Restore {
+    /// A snapshot's id as `list` shows it, or `latest`
+    #[arg(default_value = "latest")]
+    pub snapshot: String,
+    /// Unpack into this new or empty directory instead of replacing the root
+    #[arg(long, value_name = "DIR")]
+    pub target: Option<PathBuf>,
+    /// Only what matches, with everything below; gitignore-style, can be given again
+    #[arg(long = "path", value_name = "PATTERN", requires = "target")]
+    pub paths: Vec<String>,
+    /// Only say how the root differs from the snapshot
+    #[arg(long, conflicts_with = "target")]
+    pub dry_run: bool,
+    /// Replace the root without asking; only a person at a terminal is asked
+    #[arg(long, short)]
+    pub yes: bool,
 }
 
 /// Flags of every verb; each overrides its RUNTIME_ variable.
@@ -81,6 +106,9 @@ pub struct Flags {
     /// Threads that compress; each takes about 12 MiB of memory [default: one for each processor, at most 2]
     #[arg(long, global = true, value_name = "COUNT", value_parser = clap::value_parser!(u8).range(1..=64))]
     pub jobs: Option<u8>,
+    /// Bytes per second to and from S3, both together
+    #[arg(long, global = true, value_name = "BYTES")]
+    pub bandwidth: Option<NonZeroU64>,
     /// Hard bound of the whole command, such as 30s, 5m
     #[arg(long, global = true, value_name = "DURATION")]
     pub timeout: Option<String>,

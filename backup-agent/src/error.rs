@@ -50,6 +50,9 @@ pub enum Error {
         /// Empty, or a sentence about the fork that was kept, with a trailing space.
         kept: String,
     },
+    /// A person was asked, and did not say yes.
+    #[error("nothing was changed: the answer was not yes")]
+    Declined,
     /// The bound of the whole operation ran out.
     #[error("stopped after {}: the time bound ran out; {left}", Seconds(*.after))]
     Timeout { after: Duration, left: &'static str },
@@ -93,6 +96,7 @@ impl Error {
     pub fn code(&self) -> (u8, &'static str) {
         match self {
             Self::Internal(_) => (1, "internal"),
+            Self::Declined => (1, "declined"),
             Self::NoSnapshot { .. } | Self::UnknownSnapshot { .. } => (10, "no_snapshot"),
             Self::Damaged { .. } => (11, "damaged"),
             Self::Fenced { .. } => (12, "fenced"),

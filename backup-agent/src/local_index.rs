@@ -1,7 +1,12 @@
 //! The local index: what the last snapshot says about each path, with the stamp that tells a changed file from an
 //! unchanged one, and with the layers that have a word on it.
 
-use std::{fs::File, path::Path};
+use std::{
+    fs::File,
+    path::Path,
+    sync::mpsc::{Receiver, SyncSender, sync_channel},
+    thread,
+};
 
 use nix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
@@ -86,18 +91,24 @@ impl From<Unreadable> for Error {
 pub struct Known {
     /// Changes after this time may have been missed.
     pub started: i64,
-    lines: Option<IndexReader<File>>,
+    /// Read ahead on a thread of its own: the walk is the longer half of the work.
+    ahead: Option<Receiver<Result<Vec<Entry>, Unreadable>>>,
+    batch: std::vec::IntoIter<Entry>,
     next: Option<Entry>,
     /// Number of layers of the snapshot.
     layers: usize,
 }
+
+/// Entries that are handed over at once.
+const BATCH: usize = 256;
 
 impl Known {
     /// An index without an entry.
     pub fn nothing() -> Self {
         Self {
             started: 0,
-            lines: None,
+            ahead: None,
+            batch: Vec::new().into_iter(),
             next: None,
             layers: 0,
         }
@@ -111,9 +122,15 @@ impl Known {
         if header.snapshot != snapshot {
             return Err(Unreadable);
         }
+        let (sender, ahead) = sync_channel(2);
+        thread::Builder::new()
+            .name("index".to_owned())
+            .spawn(move || read_ahead(lines, &sender))
+            .map_err(|_| Unreadable)?;
         let mut known = Self {
             started: header.started,
-            lines: Some(lines),
+            ahead: Some(ahead),
+            batch: Vec::new().into_iter(),
             next: None,
             layers,
         };
@@ -143,10 +160,16 @@ impl Known {
     }
 
     fn advance(&mut self) -> Result<Option<Entry>, Unreadable> {
-        let next = match &mut self.lines {
-            Some(lines) => lines.entry().map_err(|_| Unreadable)?,
-            None => None,
-        };
+        if self.batch.len() == 0
+            && let Some(ahead) = &self.ahead
+        {
+            // The end comes as an empty batch; a thread that ends without a word has failed.
+            self.batch = ahead.recv().map_err(|_| Unreadable)??.into_iter();
+            if self.batch.len() == 0 {
+                self.ahead = None;
+            }
+        }
+        let next = self.batch.next();
         let known = |number: &u32| (*number as usize) < self.layers;
         if next
             .as_ref()
@@ -155,6 +178,27 @@ impl Known {
             return Err(Unreadable);
         }
         Ok(std::mem::replace(&mut self.next, next))
+    }
+}
+
+/// Reads an index to its end, for as long as somebody takes what it has.
+fn read_ahead(mut lines: IndexReader<File>, sender: &SyncSender<Result<Vec<Entry>, Unreadable>>) {
+    loop {
+        let mut batch = Vec::with_capacity(BATCH);
+        while batch.len() < BATCH {
+            match lines.entry() {
+                Ok(Some(entry)) => batch.push(entry),
+                Ok(None) => break,
+                Err(_) => {
+                    let _ = sender.send(Err(Unreadable));
+                    return;
+                }
+            }
+        }
+        let is_end = batch.is_empty();
+        if sender.send(Ok(batch)).is_err() || is_end {
+            return;
+        }
     }
 }
 
@@ -178,7 +222,7 @@ pub fn is_changed(found: &Found<'_>, known: &Entry, started: i64, racy: Racy) ->
 }
 
 /// Whether what was found has the content and attributes that the index has.
-fn is_equal(found: &Found<'_>, known: &Entry) -> bool {
+pub fn is_equal(found: &Found<'_>, known: &Entry) -> bool {
     match known.kind {
         Kind::File => read::open(found.parent, found.name)
             .ok()

@@ -7,6 +7,8 @@ use std::{
 
 use serde_json::{Map, Value};
 
+use crate::progress;
+
 /// Severity, in the order in which `RUNTIME_LOG` cuts.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub enum Level {
@@ -56,7 +58,9 @@ pub fn write(level: Level, msg: &str, fields: &[(&str, Value)]) {
     for (name, value) in fields {
         line.insert((*name).into(), value.clone());
     }
-    let _ = writeln!(std::io::stderr(), "{}", Value::Object(line));
+    progress::beside(|| {
+        let _ = writeln!(std::io::stderr(), "{}", Value::Object(line));
+    });
 }
 
 /// A line that an operator should see.

@@ -11,6 +11,7 @@ mod error;
 mod interrupt;
 mod local_index;
 mod log;
+mod progress;
 mod snapshot;
 mod state;
 mod store;
@@ -36,8 +37,12 @@ fn main() -> ExitCode {
         }
     };
     let json = cli.flags.json;
+    if std::io::stderr().is_terminal() && !cli.flags.quiet {
+        progress::show();
+    }
     let result = Config::load(&cli, |name| std::env::var_os(name))
         .and_then(|config| interrupt::bounded(&config, &cli.verb));
+    progress::end();
     match result {
         Ok(answer) => {
             let text = if json {

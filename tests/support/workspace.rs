@@ -43,9 +43,10 @@ const DATABASES: (usize, usize) = (24, 5_400_000);
 const MEDIA: (usize, usize) = (120, 1_600_000);
 const HOLE: usize = 256 << 20;
 
-/// Files changed of a hundred, by [`touch_one_percent`], and how: the rest are rewritten.
+/// What [`touch_sessions`] changes.
 const TOUCHED_SESSIONS: usize = 12;
 const TOUCHED_DATABASES: usize = 4;
+/// Of the files that [`touch_one_percent`] changes, how many are only renamed.
 const RENAMED: usize = 4;
 
 const WORDS: usize = 4_096;
@@ -144,54 +145,28 @@ pub fn generate(dir: &Path, seed: u64, scale: Scale) -> io::Result<()> {
     set_times(dir, &mut random)
 }
 
-/// Changes one file of a hundred in the usual ways, about 0.9 MB in all at full scale: lines appended to sessions, rows
-/// changed in databases, files renamed, and notes and sources rewritten.
+/// Changes one file of a hundred: people and programs that write texts, source code, notes. A few are renamed, the rest
+/// are rewritten.
 pub fn touch_one_percent(dir: &Path, seed: u64) -> io::Result<()> {
     let words = words(seed);
     let mut random = Random(seed ^ 0x5eed);
-    let sessions = files(&dir.join("sessions"))?;
-    let databases = files(&dir.join("databases"))?;
     let mut texts = files(&dir.join("notes"))?;
     texts.extend(files(&dir.join("projects"))?);
-    let all = sessions.len() + databases.len() + texts.len() + files(&dir.join("media"))?.len();
-    // Kinds in the proportion that they have at full scale.
-    let share = |count: usize| (count * all).div_ceil(12_000);
-    let mut pick = |from: &mut Vec<PathBuf>| {
-        let at = random.below(from.len());
-        from.swap_remove(at)
-    };
-
-    let mut left = sessions;
-    let appended: Vec<PathBuf> = (0..share(TOUCHED_SESSIONS))
-        .map(|_| pick(&mut left))
-        .collect();
-    let mut left = databases;
-    let updated: Vec<PathBuf> = (0..share(TOUCHED_DATABASES))
-        .map(|_| pick(&mut left))
-        .collect();
-    let renamed: Vec<PathBuf> = (0..share(RENAMED)).map(|_| pick(&mut texts)).collect();
-    let rest = (all / 100).saturating_sub(appended.len() + updated.len() + renamed.len());
-    let rewritten: Vec<PathBuf> = (0..rest).map(|_| pick(&mut texts)).collect();
-
+    let mut count = texts.len();
+    for kind in ["sessions", "databases", "media"] {
+        count += files(&dir.join(kind))?.len();
+    }
     let mut text = Vec::new();
-    for path in &appended {
-        fill(&mut text, Content::Session, 4_000, &mut random, &words);
-        OpenOptions::new()
-            .append(true)
-            .open(path)?
-            .write_all(&text)?;
-    }
-    let tasks = updated
-        .iter()
-        .map(|path| json!({ "path": path, "size": 0, "seed": random.next() >> 33, "change": 6 }))
-        .collect();
-    sqlite(&tasks)?;
-    for path in &renamed {
-        let mut name = path.file_name().unwrap_or_default().to_owned();
-        name.push(".old");
-        fs::rename(path, path.with_file_name(name))?;
-    }
-    for path in &rewritten {
+    for number in 0..count / 100 {
+        let at = random.below(texts.len());
+        let path = texts.swap_remove(at);
+        // In the proportion that it has at full scale.
+        if number < (RENAMED * count).div_ceil(12_000) {
+            let mut name = path.file_name().unwrap_or_default().to_owned();
+            name.push(".old");
+            fs::rename(&path, path.with_file_name(name))?;
+            continue;
+        }
         let content = if path.extension() == Some(OsStr::new("md")) {
             Content::Note
         } else {
@@ -201,6 +176,34 @@ pub fn touch_one_percent(dir: &Path, seed: u64) -> io::Result<()> {
         fs::write(path, &text)?;
     }
     Ok(())
+}
+
+/// Changes what a gateway at work changes: lines are appended to some long sessions, rows change in some large databases.
+pub fn touch_sessions(dir: &Path, seed: u64) -> io::Result<()> {
+    let words = words(seed);
+    let mut random = Random(seed ^ 0x5e55);
+    let mut pick = |folder: &str, count: usize| -> io::Result<Vec<PathBuf>> {
+        let mut left = files(&dir.join(folder))?;
+        let count = count.min(left.len());
+        Ok((0..count)
+            .map(|_| left.swap_remove(random.below(left.len())))
+            .collect())
+    };
+    let sessions = pick("sessions", TOUCHED_SESSIONS)?;
+    let databases = pick("databases", TOUCHED_DATABASES)?;
+    let mut text = Vec::new();
+    for path in sessions {
+        fill(&mut text, Content::Session, 4_000, &mut random, &words);
+        OpenOptions::new()
+            .append(true)
+            .open(path)?
+            .write_all(&text)?;
+    }
+    let tasks = databases
+        .iter()
+        .map(|path| json!({ "path": path, "size": 0, "seed": random.next() >> 33, "change": 6 }))
+        .collect();
+    sqlite(&tasks)
 }
 
 /// Makes this many files of 1 KiB, 250 to a folder, each half random and half not.

@@ -19,6 +19,7 @@ use super::{
 use crate::{
     error::Error,
     local_index::Unreadable,
+    progress,
     snapshot::{
         id::hex,
         record::{FORMAT, Layer},
@@ -91,6 +92,7 @@ impl LayerWriter {
             |source| Halt::from(Error::local("read", entry.display())(source)),
             |bytes| {
                 sum.update(bytes);
+                progress::add(bytes.len() as u64);
                 Ok(frames.write(bytes)?)
             },
         )?;

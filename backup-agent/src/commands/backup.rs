@@ -23,7 +23,7 @@ use crate::{
     local_index::{
         Known, LocalIndex, Racy, Survey, Trust, Unreadable, Walk, is_changed, is_tree_same, survey,
     },
-    log,
+    log, progress,
     snapshot::{
         head::{self, Head, Seen, Swap},
         id,
@@ -277,6 +277,7 @@ async fn upload(
         index: LocalIndex::new(state.index_under_way()?, snapshot)?,
         totals: Totals::default(),
     };
+    progress::begin("backing up", size);
     let read = with_identity(config.identity, "reader", move || pass.run());
     let (uploaded, read) = tokio::join!(store.upload(&key, receiver), read);
     let (layer, totals) = match (uploaded, read?) {

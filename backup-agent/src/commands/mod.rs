@@ -1,6 +1,7 @@
 //! The verbs. Each takes the settings and the store and gives an answer for people and one for programs.
 
 mod backup;
+mod compare;
 mod import;
 mod list;
 mod prune;
@@ -10,11 +11,13 @@ mod verify;
 
 use std::sync::Arc;
 
+use clap::CommandFactory;
+use clap_complete::Shell;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use serde_json::Value;
 
 use crate::{
-    cli::Verb,
+    cli::{Cli, Verb},
     config::Config,
     error::Error,
     snapshot::{
@@ -58,18 +61,22 @@ pub async fn run(config: &Config, store: &Arc<dyn Store>, verb: &Verb) -> Result
     }
     match verb {
         Verb::Backup { fork } => backup::run(config, store.as_ref(), *fork).await,
-        Verb::Restore {
-            snapshot,
-            target,
-            paths,
-        } => restore::run(config, store.as_ref(), snapshot, target.as_deref(), paths).await,
+        Verb::Restore(options) => restore::run(config, store.as_ref(), options).await,
         Verb::Verify { snapshot, deep } => {
             verify::run(config, store.as_ref(), snapshot, *deep).await
         }
         Verb::List => list::run(config, store.as_ref()).await,
         Verb::Prune { dry_run } => prune::run(config, store.as_ref(), *dry_run).await,
         Verb::Import { .. } => import::run(config, store.as_ref(), config.bound(verb)).await,
+        Verb::Completions { shell } => Ok(completions(*shell)),
     }
+}
+
+fn completions(shell: Shell) -> Answer {
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut Cli::command(), "backup-agent", &mut script);
+    let text = String::from_utf8_lossy(&script).into_owned();
+    Answer::new(text, Value::Null)
 }
 
 /// Finds out once whether the store can keep two writers apart, and remembers it.

@@ -3,7 +3,12 @@
 //! The tree grows beside the root, every hash is checked on the way, and only a complete one takes the root's place. Run
 //! by a runtime, the restore also claims the head: from then on the writer before it is fenced.
 
-use std::{fs, path::Path, time::Instant};
+use std::{
+    fs,
+    io::{IsTerminal, stderr, stdin},
+    path::Path,
+    time::Instant,
+};
 
 use serde_json::json;
 
@@ -13,6 +18,7 @@ use super::{
 };
 use crate::{
     archive::entry::Kind,
+    cli::Restore,
     config::Config,
     error::Error,
     local_index::{Known, Racy, Trust, is_tree_same},
@@ -59,21 +65,17 @@ impl Done {
     }
 }
 
-/// Restores `wanted` (an id or `latest`) to the root, or to `target` without touching root, state or head.
-pub async fn run(
-    config: &Config,
-    store: &dyn Store,
-    wanted: &str,
-    target: Option<&Path>,
-    paths: &[String],
-) -> Result<Answer, Error> {
+/// Restores a snapshot to the root, or to a target without touching root, state or head.
+pub async fn run(config: &Config, store: &dyn Store, options: &Restore) -> Result<Answer, Error> {
     let begun = Instant::now();
+    let wanted = &options.snapshot;
     if wanted != "latest" && !id::is_valid(wanted) {
         let problem = format!("cannot use {wanted:?}: a snapshot is `latest` or an id from `list`");
         return Err(Error::Settings(vec![problem]));
     }
     let mut state = State::open(config).await?;
-    if let Some(target) = target {
+    if let Some(target) = &options.target {
+        let paths = &options.paths;
         let selection = (!paths.is_empty())
             .then(|| Selection::new(paths))
             .transpose();
@@ -82,8 +84,14 @@ pub async fn run(
         let done = to_target(config, store, &state, wanted, target, selection).await?;
         return Ok(answer(&done, target, begun));
     }
+    if options.dry_run {
+        let seen = head::read(store).await?;
+        let record = choose(config, store, wanted, seen.as_ref()).await?;
+        let indexes = fetch_indexes(store, &state, &record).await?;
+        return super::compare::run(config, &record, &indexes).await;
+    }
     for _ in 0..ROUNDS {
-        if let Some(done) = to_root(config, store, &mut state, wanted).await? {
+        if let Some(done) = to_root(config, store, &mut state, options).await? {
             return Ok(answer(&done, &config.root, begun));
         }
         log::info("a newer snapshot came meanwhile, restoring that one", &[]);
@@ -92,6 +100,33 @@ pub async fn run(
         key: head::KEY.to_owned(),
         reason: "another instance keeps moving it".to_owned(),
     })
+}
+
+/// Asks a person at a terminal before the root is replaced. A script is not asked: it knows what it does.
+async fn ask(config: &Config, record: &Record) -> Result<(), Error> {
+    let is_empty = fs::read_dir(&config.root).map_or(true, |mut found| found.next().is_none());
+    if is_empty || !stdin().is_terminal() || !stderr().is_terminal() {
+        return Ok(());
+    }
+    eprint!(
+        "This replaces everything in {} with snapshot {} of {}: {} files, {}.\n\
+         `restore --dry-run` shows the differences. Replace it? [y/N] ",
+        config.root.display(),
+        record.id,
+        record.time,
+        record.totals.files,
+        human_bytes(record.totals.bytes),
+    );
+    let answer = tokio::task::spawn_blocking(|| {
+        let mut line = String::new();
+        stdin().read_line(&mut line).map(|_| line)
+    });
+    let line = answer.await.map_err(|_| Error::Internal("question"))?;
+    let line = line.map_err(Error::local("read", "the answer"))?;
+    match line.trim() {
+        "y" | "Y" | "yes" => Ok(()),
+        _ => Err(Error::Declined),
+    }
 }
 
 async fn to_target(
@@ -126,8 +161,9 @@ async fn to_root(
     config: &Config,
     store: &dyn Store,
     state: &mut State,
-    wanted: &str,
+    options: &Restore,
 ) -> Result<Option<Done>, Error> {
+    let wanted = &options.snapshot;
     let claimer = config.boot_id.as_deref();
     let seen = head::read(store).await?;
     if claimer.is_some() {
@@ -169,6 +205,9 @@ async fn to_root(
         }));
     }
 
+    if claimer.is_none() && !options.yes {
+        ask(config, &record).await?;
+    }
     let staging = Staging::new(&config.root, config.identity)?;
     let indexes = fetch_indexes(store, state, &record).await?;
     // Only a runtime knows that nobody works in the old tree.

@@ -18,6 +18,7 @@ use crate::{
     config::Config,
     error::Error,
     local_index::{Trust, adopt},
+    progress,
     snapshot::record::{self, Record},
     state::State,
     store::Store,
@@ -93,6 +94,7 @@ pub async fn unpack(
         return Err(damaged("its indexes have no paths"));
     }
 
+    progress::begin("restoring", plan.bytes);
     let mut downloaded = indexes.iter().map(|index| index.layer.index_size).sum();
     let mut live = plan.live;
     for ((index, wanted), live) in indexes.iter().zip(&plan.wanted).zip(&mut live) {
@@ -181,6 +183,8 @@ struct Plan {
     live: Vec<Marks>,
     /// The frames that have something of them.
     wanted: Vec<Vec<bool>>,
+    /// Bytes of the files that are still to come.
+    bytes: u64,
     /// Where in the raw stream each frame ends.
     ends: Vec<Vec<u64>>,
     /// The entries that were asked for; all, without it.
@@ -203,6 +207,7 @@ impl Plan {
                 .iter()
                 .map(|index| vec![false; index.frames.len()])
                 .collect(),
+            bytes: 0,
             ends: indexes.iter().map(ends).collect(),
             selected: None,
         }
@@ -266,6 +271,7 @@ impl Plan {
     }
 
     fn want(&mut self, entry: &Entry, layer: usize) {
+        self.bytes += entry.data();
         for extent in &entry.extents {
             let Extent::Data { offset, length, .. } = *extent else {
                 continue;

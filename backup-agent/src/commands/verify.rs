@@ -16,7 +16,7 @@ use crate::{
     },
     config::Config,
     error::Error,
-    log,
+    log, progress,
     snapshot::{
         head,
         id::hex,
@@ -60,6 +60,11 @@ pub async fn run(
     let mut damaged: BTreeMap<String, Vec<String>> = BTreeMap::new();
     let records = records(config, store, wanted, &mut damaged).await?;
     let mut layers: BTreeMap<String, Checked> = BTreeMap::new();
+    let mut sizes: BTreeMap<&str, u64> = BTreeMap::new();
+    for layer in records.iter().flat_map(|record| &record.layers) {
+        sizes.insert(&layer.id, layer.raw_size);
+    }
+    progress::begin("checking", sizes.values().sum());
     for layer in records.iter().flat_map(|record| &record.layers) {
         if !layers.contains_key(&layer.id) {
             let checked = check(store, &state, layer, is_deep).await?;
@@ -127,6 +132,7 @@ async fn check(
     let entries = checked.note(entries)?.flatten();
     let sweep = tokio::task::spawn_blocking(move || sweep(entries, raw));
     let (fetched, swept) = tokio::join!(download.run(store), sweep);
+    progress::add(layer.raw_size);
     let (problems, lost) = swept.map_err(|_| Error::Internal("check"))?;
     checked.problems.extend(problems);
     checked.lost.extend(lost);

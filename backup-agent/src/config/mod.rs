@@ -2,7 +2,7 @@
 
 mod source;
 
-use std::{ffi::OsString, fmt, path::PathBuf, time::Duration};
+use std::{ffi::OsString, fmt, num::NonZeroU64, path::PathBuf, time::Duration};
 
 use url::Url;
 
@@ -56,6 +56,8 @@ pub struct Bucket {
     pub access_key_id: String,
     pub secret_access_key: Secret,
     pub session_token: Option<Secret>,
+    /// Bytes per second, both ways together.
+    pub bandwidth: Option<NonZeroU64>,
 }
 
 impl fmt::Display for Location {
@@ -101,6 +103,7 @@ impl Config {
         let mut source = Source {
             env: &env,
             problems: Vec::new(),
+            bandwidth: cli.flags.bandwidth,
         };
         let level = match source.text("RUNTIME_LOG") {
             None => log::Level::Info,
@@ -172,9 +175,11 @@ impl Config {
     pub fn bound(&self, verb: &Verb) -> Duration {
         self.timeout.unwrap_or(match verb {
             Verb::Backup { .. } | Verb::Prune { .. } => self.backup_timeout,
-            Verb::Restore { .. } | Verb::Verify { .. } | Verb::List | Verb::Import { .. } => {
-                self.restore_timeout
-            }
+            Verb::Restore(_)
+            | Verb::Verify { .. }
+            | Verb::List
+            | Verb::Import { .. }
+            | Verb::Completions { .. } => self.restore_timeout,
         })
     }
 

@@ -1,7 +1,7 @@
 //! Where settings come from: one method for each kind of value, each noting what is wrong and going on, so that every bad
 //! setting is reported at once.
 
-use std::{ffi::OsString, fmt, io::Read, path::PathBuf, time::Duration};
+use std::{ffi::OsString, fmt, io::Read, num::NonZeroU64, path::PathBuf, time::Duration};
 
 use nix::unistd::{Gid, Uid, User};
 use url::Url;
@@ -40,6 +40,8 @@ const SECRET_LIMIT: u64 = 16 * 1024;
 pub struct Source<'a> {
     pub env: &'a dyn Fn(&str) -> Option<OsString>,
     pub problems: Vec<String>,
+    /// Of every store that is named.
+    pub bandwidth: Option<NonZeroU64>,
 }
 
 impl Source<'_> {
@@ -293,6 +295,7 @@ impl Source<'_> {
             access_key_id: id?,
             secret_access_key: Secret(key?),
             session_token: token.map(Secret),
+            bandwidth: self.bandwidth,
         })))
     }
 }

@@ -1,7 +1,7 @@
 //! One HTTP request to the service, bounded in time and bytes. TLS by rustls with the Mozilla roots built in: the image
 //! has no certificate store of its own.
 
-use std::time::Duration;
+use std::{num::NonZeroU64, sync::Mutex, time::Duration};
 
 use http_body_util::{BodyExt, Full};
 use hyper::{
@@ -13,7 +13,7 @@ use hyper_util::{
     client::legacy::{Client, connect::HttpConnector},
     rt::{TokioExecutor, TokioTimer},
 };
-use tokio::time::timeout;
+use tokio::time::{Instant, sleep_until, timeout};
 use url::Url;
 
 use super::StoreError;
@@ -30,6 +30,10 @@ const SLOWEST: u64 = 128 * 1024;
 /// A pool of connections.
 pub struct Http {
     client: Client<HttpsConnector<HttpConnector>, Full<Bytes>>,
+    /// Bytes per second, both ways together.
+    bandwidth: Option<NonZeroU64>,
+    /// When what has been sent and received would have been through at that rate.
+    through: Mutex<Instant>,
 }
 
 /// What came back.
@@ -40,7 +44,7 @@ pub struct Response {
 }
 
 impl Http {
-    pub fn new() -> Self {
+    pub fn new(bandwidth: Option<NonZeroU64>) -> Self {
         let mut tcp = HttpConnector::new();
         tcp.set_connect_timeout(Some(CONNECT));
         tcp.set_nodelay(true);
@@ -54,7 +58,29 @@ impl Http {
             .pool_timer(TokioTimer::new())
             .pool_idle_timeout(IDLE)
             .build(connector);
-        Self { client }
+        Self {
+            client,
+            bandwidth,
+            through: Mutex::new(Instant::now()),
+        }
+    }
+
+    /// Waits until these bytes, after those of earlier requests, would be through.
+    #[expect(
+        clippy::cast_precision_loss,
+        reason = "a rate is not meant to the byte"
+    )]
+    async fn pace(&self, bytes: usize) {
+        let Some(rate) = self.bandwidth else { return };
+        let takes = Duration::from_secs_f64(bytes as f64 / rate.get() as f64);
+        let end = {
+            let Ok(mut through) = self.through.lock() else {
+                return;
+            };
+            *through = Instant::now().max(*through) + takes;
+            *through
+        };
+        sleep_until(end).await;
     }
 
     /// Sends one request and takes an answer of at most `limit` bytes.
@@ -76,6 +102,7 @@ impl Http {
             host: host.clone(),
             after,
         };
+        self.pace(body.len()).await;
         let patience = CONNECT + STALL + Duration::from_secs(body.len() as u64 / SLOWEST);
         let mut request = Request::new(Full::new(body));
         *request.method_mut() = method;
@@ -104,6 +131,7 @@ impl Http {
                 body.extend_from_slice(data);
             }
         }
+        self.pace(body.len()).await;
         Ok(Response {
             status: parts.status,
             headers: parts.headers,

@@ -34,7 +34,7 @@ use crate::{
         writer::Halt,
     },
     error::Error,
-    log,
+    log, progress,
     snapshot::id::hex,
 };
 
@@ -191,6 +191,7 @@ impl Applier {
                 Extent::Data { offset, length, .. } => {
                     raw.read(offset, length, |bytes| {
                         sum.update(bytes);
+                        progress::add(bytes.len() as u64);
                         Ok(file
                             .write_all(bytes)
                             .map_err(Error::local("write", path()))?)

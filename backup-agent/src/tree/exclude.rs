@@ -54,6 +54,11 @@ impl Default for Excludes {
 }
 
 impl Excludes {
+    /// Leaves nothing out.
+    pub fn none() -> Self {
+        Self(Vec::new())
+    }
+
     /// The built-in list followed by a comma-separated one.
     pub fn new(extra: &str) -> Result<Self, String> {
         let mut all = Self::default();

@@ -17,7 +17,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use e2e::tree::{assert_same, describe};
-use e2e::workspace::{Scale, generate, many_small, touch_one_percent};
+use e2e::workspace::{Scale, generate, many_small, touch_one_percent, touch_sessions};
 use tempfile::TempDir;
 
 use self::measure::measure;
@@ -202,6 +202,12 @@ impl Field {
         }
         if !delay.is_zero() {
             return Ok(());
+        }
+        if self.workload == Workload::Workspace {
+            touch_sessions(&self.tree, self.changes)?;
+            for &at in &order {
+                self.sample(report, at, Operation::Used, delay)?;
+            }
         }
         for &at in &order {
             fs::create_dir(&self.lanes[at].target)?;

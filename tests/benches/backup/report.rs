@@ -52,17 +52,26 @@ pub enum Operation {
     Full,
     Unchanged,
     Changed,
+    /// Long sessions and large databases, some of each.
+    Used,
     Restore,
 }
 
 impl Operation {
-    pub const ALL: [Self; 4] = [Self::Full, Self::Unchanged, Self::Changed, Self::Restore];
+    pub const ALL: [Self; 5] = [
+        Self::Full,
+        Self::Unchanged,
+        Self::Changed,
+        Self::Used,
+        Self::Restore,
+    ];
 
     pub fn name(self) -> &'static str {
         match self {
             Self::Full => "full",
             Self::Unchanged => "unchanged",
             Self::Changed => "1 % changed",
+            Self::Used => "12 sessions and 4 databases changed",
             Self::Restore => "restore",
         }
     }

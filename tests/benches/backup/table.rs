@@ -32,7 +32,7 @@ fn floor(operation: Operation) -> Option<Floor> {
         Operation::Full => Some(Floor::Pack),
         Operation::Unchanged => Some(Floor::Walk),
         Operation::Restore => Some(Floor::Unpack),
-        Operation::Changed => None,
+        Operation::Changed | Operation::Used => None,
     }
 }
 

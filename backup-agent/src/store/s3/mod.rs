@@ -54,7 +54,7 @@ impl S3 {
         };
         Ok(Self {
             remote: Arc::new(Remote {
-                http: Http::new(),
+                http: Http::new(place.bandwidth),
                 bucket,
                 credentials,
                 // The clock of the operation starts with the store, give or take a millisecond.
