@@ -246,6 +246,19 @@ fn a_change_costs_what_changed_and_a_restore_what_is_there() {
 }
 
 #[test]
+fn files_without_data_come_back_from_a_layer_of_nothing_else() {
+    let place = Place::memory();
+    let host = Host::new(&place);
+    tree::write(&host.root, "bulk", tree::noise(1, 1 << 20));
+    host.backup();
+    tree::write(&host.root, "empty", "");
+    let hole = File::create(host.root.join("hole")).expect("can make a file");
+    hole.set_len(1 << 20).expect("can set a length");
+    let snapshot = host.backup();
+    assert_same(&describe(&host.root), &restored(&host, &snapshot).0);
+}
+
+#[test]
 fn a_lost_index_uploads_nothing_that_is_there() {
     let place = Place::memory();
     let host = Host::new(&place);

@@ -98,9 +98,8 @@ pub async fn unpack(
     let mut downloaded = indexes.iter().map(|index| index.layer.index_size).sum();
     let mut live = plan.live;
     for ((index, wanted), live) in indexes.iter().zip(&plan.wanted).zip(&mut live) {
-        if !wanted.contains(&true) {
-            continue;
-        }
+        // Without frames too: some files have no data.
+        let Some(wanted) = wanted else { continue };
         let (download, raw) = stream(index, wanted, Check::Unpack)?;
         let entries = Source::new(index)?;
         let marks = std::mem::take(live);
@@ -181,8 +180,8 @@ impl Marks {
 struct Plan {
     /// The entries that become part of the tree and are not there yet.
     live: Vec<Marks>,
-    /// The frames that have something of them.
-    wanted: Vec<Vec<bool>>,
+    /// The frames that have something of them, for layers with any files among them.
+    wanted: Vec<Option<Vec<bool>>>,
     /// Bytes of the files that are still to come.
     bytes: u64,
     /// Where in the raw stream each frame ends.
@@ -203,10 +202,7 @@ impl Plan {
         };
         Self {
             live: indexes.iter().map(|_| Marks::default()).collect(),
-            wanted: indexes
-                .iter()
-                .map(|index| vec![false; index.frames.len()])
-                .collect(),
+            wanted: indexes.iter().map(|_| None).collect(),
             bytes: 0,
             ends: indexes.iter().map(ends).collect(),
             selected: None,
@@ -272,15 +268,16 @@ impl Plan {
 
     fn want(&mut self, entry: &Entry, layer: usize) {
         self.bytes += entry.data();
+        let ends = &self.ends[layer];
+        let wanted = self.wanted[layer].get_or_insert_with(|| vec![false; ends.len()]);
         for extent in &entry.extents {
             let Extent::Data { offset, length, .. } = *extent else {
                 continue;
             };
-            let ends = &self.ends[layer];
             let first = ends.partition_point(|end| *end <= offset);
             let last = ends.partition_point(|end| *end < offset.saturating_add(length));
             // What points beyond the end is found by whoever reads it.
-            for wanted in self.wanted[layer].iter_mut().take(last + 1).skip(first) {
+            for wanted in wanted.iter_mut().take(last + 1).skip(first) {
                 *wanted = true;
             }
         }
