@@ -16,6 +16,7 @@ use crate::{
     archive::{
         entry::{Entry, Kind, display},
         parts::{PartWriter, part_size},
+        tarball::TRAILER,
         writer::{Halt, LayerWriter},
     },
     config::Config,
@@ -103,6 +104,16 @@ pub async fn run(config: &Config, store: &dyn Store, fork: bool) -> Result<Answe
         }
     }
 
+    // What the head leads to stays. Beside it, somebody else's prune may remove what this is built on.
+    let is_beside = fork || !is_ours;
+    let built_on = base.as_ref().filter(|_| is_beside);
+    let built_on = built_on.map(|base| base.snapshot.clone());
+    if let Some(id) = &built_on
+        && !is_there(store, id).await?
+    {
+        base = None;
+    }
+
     let (snapshot, time) = id::new().map_err(Error::local("read", "random bytes"))?;
     let taken = upload(config, store, &state, &snapshot, base).await?;
     let record = Record {
@@ -114,7 +125,7 @@ pub async fn run(config: &Config, store: &dyn Store, fork: bool) -> Result<Answe
         writer: writer.clone(),
         tool: env!("CARGO_PKG_VERSION").to_owned(),
         consistency: taken.consistency,
-        fork: fork || !is_ours,
+        fork: is_beside,
         totals: taken.totals,
         layers: taken.layers,
     };
@@ -122,7 +133,19 @@ pub async fn run(config: &Config, store: &dyn Store, fork: bool) -> Result<Answe
     match store.put_if(&key, sealed::seal(&record), None).await {
         // Its name is new: what is there is what a try whose answer was lost has written.
         Ok(_) | Err(StoreError::Conflict) => {}
-        Err(error) => return Err(Error::store("write", key)(error)),
+        Err(error) => return Err(Error::store("write", &key)(error)),
+    }
+
+    // Prune removes records before it looks which layers are named: this one came in time if its base is still there now.
+    if let Some(id) = built_on
+        && !is_there(store, &id).await?
+    {
+        let removed = store.delete(&key).await;
+        removed.map_err(Error::store("delete", &key))?;
+        return Err(Error::Damaged {
+            key: record::key(&id),
+            reason: "it was removed while a snapshot was built on it; try again".to_owned(),
+        });
     }
 
     if !is_ours {
@@ -147,6 +170,14 @@ pub async fn run(config: &Config, store: &dyn Store, fork: bool) -> Result<Answe
     };
     state.remember_tree(&config.root, Some(described.clone()))?;
     Ok(answer(&described, Some(&record), begun))
+}
+
+async fn is_there(store: &dyn Store, snapshot: &str) -> Result<bool, Error> {
+    match record::read(store, snapshot).await {
+        Ok(_) => Ok(true),
+        Err(Error::UnknownSnapshot { .. }) => Ok(false),
+        Err(error) => Err(error),
+    }
 }
 
 /// The snapshot that a new one is built on: the local index is about it.
@@ -255,9 +286,10 @@ async fn upload(
         (Some(file), layers) => Known::open(file, &base.snapshot, layers),
         (None, _) => Err(Unreadable),
     };
-    let taken = taken_over(&base.survey.layers, base.survey.changed);
+    let changed = base.survey.changed.saturating_add(TRAILER.len() as u64);
+    let taken = taken_over(&base.survey.layers, changed);
     let live = base.survey.layers.iter().zip(&taken);
-    let size = live.fold(base.survey.changed, |sum, (layer, taken)| {
+    let size = live.fold(changed, |sum, (layer, taken)| {
         sum.saturating_add(if *taken { layer.live } else { 0 })
     });
     let (layer_id, _) = id::new().map_err(Error::local("read", "random bytes"))?;
