@@ -277,6 +277,20 @@ fn a_lost_index_uploads_nothing_that_is_there() {
 }
 
 #[test]
+fn nothing_is_built_on_a_snapshot_that_is_damaged() {
+    let place = Place::memory();
+    let host = Host::new(&place);
+    tree::write(&host.root, "file", tree::noise(1, 1 << 20));
+    host.backup();
+    fs::remove_file(host.state.join("index")).expect("it is there");
+    place.remove(&place.keys("layers/")[0]);
+    let whole = host.json(&["backup"]);
+    assert!(number(&whole["bytesUploaded"]) > 1 << 20, "{whole}");
+    let snapshot = whole["snapshot"].as_str().expect("it has an id");
+    assert_same(&describe(&host.root), &restored(&host, snapshot).0);
+}
+
+#[test]
 fn a_part_of_a_snapshot_can_be_restored_alone() {
     let place = Place::memory();
     let host = Host::new(&place);

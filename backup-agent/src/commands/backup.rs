@@ -9,7 +9,7 @@ use serde_json::json;
 use tokio::sync::mpsc;
 
 use super::{
-    Answer, describe, fenced, human_bytes, trust,
+    Answer, claimed, describe, fenced, human_bytes, trust,
     unpack::{fetch_indexes, reindex},
 };
 use crate::{
@@ -26,7 +26,7 @@ use crate::{
     },
     log, progress,
     snapshot::{
-        head::{self, Head, Seen, Swap},
+        head::{self, Seen, Swap},
         id,
         layers::taken_over,
         record::{self, Consistency, FORMAT, Layer, Record, Totals},
@@ -106,13 +106,13 @@ pub async fn run(config: &Config, store: &dyn Store, fork: bool) -> Result<Answe
 
     // What the head leads to stays. Beside it, somebody else's prune may remove what this is built on.
     let is_beside = fork || !is_ours;
-    let built_on = base.as_ref().filter(|_| is_beside);
-    let built_on = built_on.map(|base| base.snapshot.clone());
-    if let Some(id) = &built_on
-        && !is_there(store, id).await?
+    if let Some(known) = base.as_ref().filter(|_| is_beside)
+        && !is_there(store, &known.snapshot).await?
     {
         base = None;
     }
+    let built_on = base.as_ref().filter(|_| is_beside);
+    let built_on = built_on.map(|base| base.snapshot.clone());
 
     let (snapshot, time) = id::new().map_err(Error::local("read", "random bytes"))?;
     let taken = upload(config, store, &state, &snapshot, base).await?;
@@ -129,35 +129,12 @@ pub async fn run(config: &Config, store: &dyn Store, fork: bool) -> Result<Answe
         totals: taken.totals,
         layers: taken.layers,
     };
-    let key = record::key(&snapshot);
-    match store.put_if(&key, sealed::seal(&record), None).await {
-        // Its name is new: what is there is what a try whose answer was lost has written.
-        Ok(_) | Err(StoreError::Conflict) => {}
-        Err(error) => return Err(Error::store("write", &key)(error)),
-    }
-
-    // Prune removes records before it looks which layers are named: this one came in time if its base is still there now.
-    if let Some(id) = built_on
-        && !is_there(store, &id).await?
-    {
-        let removed = store.delete(&key).await;
-        removed.map_err(Error::store("delete", &key))?;
-        return Err(Error::Damaged {
-            key: record::key(&id),
-            reason: "it was removed while a snapshot was built on it; try again".to_owned(),
-        });
-    }
-
+    publish(store, &record, built_on.as_deref()).await?;
     if !is_ours {
         return Err(lose(&mut state, &writer, seen.as_ref(), &snapshot));
     }
     if !fork {
-        let next = Head {
-            format: FORMAT,
-            snapshot: Some(snapshot.clone()),
-            sequence: record.sequence,
-            writer: writer.clone(),
-        };
+        let next = claimed(Some((&snapshot, record.sequence)), &writer);
         match head::swap(store, seen.as_ref(), &next).await? {
             Swap::Moved(etag) => state.facts.hold(Seen { head: next, etag }),
             Swap::Lost(now) => return Err(lose(&mut state, &writer, now.as_ref(), &snapshot)),
@@ -170,6 +147,28 @@ pub async fn run(config: &Config, store: &dyn Store, fork: bool) -> Result<Answe
     };
     state.remember_tree(&config.root, Some(described.clone()))?;
     Ok(answer(&described, Some(&record), begun))
+}
+
+/// Writes the record, which makes the snapshot visible. `built_on`: a snapshot that is not safe from being removed.
+async fn publish(store: &dyn Store, record: &Record, built_on: Option<&str>) -> Result<(), Error> {
+    let key = record::key(&record.id);
+    match store.put_if(&key, sealed::seal(record), None).await {
+        // Its name is new: what is there is what a try whose answer was lost has written.
+        Ok(_) | Err(StoreError::Conflict) => {}
+        Err(error) => return Err(Error::store("write", &key)(error)),
+    }
+    // Prune removes records before it looks which layers are named: this one came in time if its base is still there now.
+    if let Some(id) = built_on
+        && !is_there(store, id).await?
+    {
+        let removed = store.delete(&key).await;
+        removed.map_err(Error::store("delete", &key))?;
+        return Err(Error::Damaged {
+            key: record::key(id),
+            reason: "it was removed while a snapshot was built on it; try again".to_owned(),
+        });
+    }
+    Ok(())
 }
 
 async fn is_there(store: &dyn Store, snapshot: &str) -> Result<bool, Error> {
@@ -223,17 +222,31 @@ async fn rebuild(
     state: &State,
     snapshot: &str,
 ) -> Result<Option<Base>, Error> {
-    let record = match record::read(store, snapshot).await {
-        Ok(record) => record,
-        // It was removed: nothing can be built on it.
+    let found = match record::read(store, snapshot).await {
+        Ok(record) => {
+            let indexes = fetch_indexes(store, state, &record).await;
+            indexes.map(|indexes| (record, indexes))
+        }
+        // It was removed.
         Err(Error::UnknownSnapshot { .. }) => return Ok(None),
+        Err(error) => Err(error),
+    };
+    let (record, indexes) = match found {
+        Ok(found) => found,
+        Err(error @ Error::Damaged { .. }) => {
+            // A snapshot that is whole by itself is worth more now than an error.
+            log::warn(
+                "the last snapshot is damaged; nothing is built on it",
+                &[("error", error.to_string().into())],
+            );
+            return Ok(None);
+        }
         Err(error) => return Err(error),
     };
     log::info(
         "there is no local index of the last snapshot; comparing contents",
         &[("snapshot", snapshot.into())],
     );
-    let indexes = fetch_indexes(store, state, &record).await?;
     reindex(config, state, &record, &indexes, Trust::Compare).await?;
     compare(config, state, snapshot, &record.layers).await
 }
