@@ -101,7 +101,7 @@ pub struct Flags {
     #[arg(long, global = true, value_name = "DIR")]
     pub state: Option<String>,
     /// zstd's level: less is faster, more is smaller
-    #[arg(long, global = true, value_name = "LEVEL", default_value_t = 3, value_parser = clap::value_parser!(i32).range(1..=19))]
+    #[arg(long, global = true, value_name = "LEVEL", default_value_t = 3, value_parser = clap::value_parser!(i32).range(1..=12))]
     pub level: i32,
     /// Threads that compress; each takes about 12 MiB of memory [default: one for each processor, at most 2]
     #[arg(long, global = true, value_name = "COUNT", value_parser = clap::value_parser!(u8).range(1..=64))]

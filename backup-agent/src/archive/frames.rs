@@ -146,10 +146,12 @@ impl FrameWriter {
     fn flush(&mut self) -> Result<(), UploadStopped> {
         let lane = &self.lanes[self.turn % self.lanes.len()];
         self.turn += 1;
+        let full = std::mem::take(&mut self.raw);
+        lane.raw.send(full).map_err(|_| UploadStopped)?;
+        // A lane that takes a frame has given back the one before.
         let spare = lane.spare.try_recv();
-        let empty = spare.unwrap_or_else(|_| Vec::with_capacity(RAW));
-        let full = std::mem::replace(&mut self.raw, empty);
-        lane.raw.send(full).map_err(|_| UploadStopped)
+        self.raw = spare.unwrap_or_else(|_| Vec::with_capacity(RAW));
+        Ok(())
     }
 }
 

@@ -42,9 +42,24 @@ pub struct Excludes(Vec<Pattern>);
 #[derive(Debug, Clone)]
 struct Pattern {
     glob: String,
+    /// What every match begins and ends with. Nearly all paths are told apart by that, at a tenth of a glob's cost.
+    prefix: String,
+    suffix: String,
+    /// It is about the last component alone.
+    is_name: bool,
     /// Not taken back by a `!`.
     is_positive: bool,
     only_directories: bool,
+}
+
+impl Pattern {
+    fn matches(&self, path: &[u8], name: &[u8], is_directory: bool) -> bool {
+        let text = if self.is_name { name } else { path };
+        (is_directory || !self.only_directories)
+            && text.starts_with(self.prefix.as_bytes())
+            && text.ends_with(self.suffix.as_bytes())
+            && glob_match(&self.glob, text)
+    }
 }
 
 impl Default for Excludes {
@@ -113,9 +128,9 @@ impl Selection {
 }
 
 fn matches(patterns: &[Pattern], path: &[u8], is_directory: bool) -> bool {
-    let decisive = patterns.iter().rev().find(|pattern| {
-        (is_directory || !pattern.only_directories) && glob_match(&pattern.glob, path)
-    });
+    let name = path.rsplit(|byte| *byte == b'/').next().unwrap_or(path);
+    let mut newest_first = patterns.iter().rev();
+    let decisive = newest_first.find(|pattern| pattern.matches(path, name, is_directory));
     decisive.is_some_and(|pattern| pattern.is_positive)
 }
 
@@ -135,13 +150,16 @@ fn parse(text: &str) -> Pattern {
         Some(rest) => (true, rest),
         None => (false, text),
     };
-    let glob = match text.strip_prefix('/') {
-        Some(anchored) => anchored.to_owned(),
-        None if text.contains('/') => text.to_owned(),
-        None => format!("**/{text}"),
-    };
+    let is_name = !text.contains('/');
+    let glob = text.strip_prefix('/').unwrap_or(text);
+    let is_special = |c: char| "*?[]{}\\!".contains(c);
+    let prefix = glob.find(is_special).map_or(glob, |at| &glob[..at]);
+    let suffix = glob.rfind(is_special).map_or(glob, |at| &glob[at + 1..]);
     Pattern {
-        glob,
+        prefix: prefix.to_owned(),
+        suffix: suffix.to_owned(),
+        glob: glob.to_owned(),
+        is_name,
         is_positive,
         only_directories,
     }
