@@ -10,6 +10,7 @@ use std::process::Command;
 
 use e2e::agent::{Host, INSTANCE, Place, folder};
 use e2e::tree::{self, Tree, assert_same, describe, kept};
+use rustix::fs::{XattrFlags, setxattr};
 use serde_json::Value;
 
 /// A small generator (xorshift), so that a failing history can be run again by its seed.
@@ -66,7 +67,7 @@ fn edit(root: &Path, random: &mut Random) {
     let parent = random.pick(&directories).cloned();
     let place = parent.expect("there is the root").join(random.name());
     let file = random.pick(&files).cloned();
-    match (random.below(16), file) {
+    match (random.below(18), file) {
         (0..=4, _) => {
             remove(&place);
             let length = 1 << random.below(18);
@@ -111,6 +112,15 @@ fn edit(root: &Path, random: &mut Random) {
             &file,
             0o400 + u32::try_from(random.below(64)).expect("small"),
         ),
+        (15, Some(file)) => {
+            let seconds = 1_000_000_000 + i64::try_from(random.below(1 << 30)).expect("small");
+            tree::set_mtime(&file, seconds, 123_456_789);
+        }
+        (16, Some(file)) => {
+            let value = random.name().into_vec();
+            // Not every file system keeps them.
+            let _ = setxattr(&file, "user.test", &value, XattrFlags::empty());
+        }
         _ => {
             remove(&place);
             let file = File::create(place).expect("can make a file");
