@@ -277,6 +277,43 @@ fn a_restored_tree_is_owned_as_it_was_where_the_gateway_is_root_too() {
 }
 
 #[test]
+fn what_is_taken_over_from_the_old_tree_belongs_to_the_gateways_user() {
+    let place = Place::directory();
+    let Some(host) = nobodys_host(&place) else {
+        return;
+    };
+    let host = host.booted('a');
+    let _ = host.run(&["restore"]).expect(10);
+    for name in ["mine", "roots", "changed"] {
+        tree::write(&host.root, name, tree::noise(1, 100_000));
+        chown(&host.root.join(name), NOBODY, NOBODY);
+    }
+    host.backup();
+    chown(&host.root.join("roots"), 0, 0);
+    tree::write(&host.root, "changed", "since");
+    let inode = |name: &str| {
+        fs::metadata(host.root.join(name))
+            .expect("it is there")
+            .ino()
+    };
+    let before = inode("mine");
+    // Another runtime took the instance in between, so the tree is not simply kept.
+    let other = Host::new(&place).booted('b');
+    let _ = other.run(&["restore"]).expect(0);
+    let restored = host.json(&["restore"]);
+    assert_eq!(restored["unchanged"], false);
+    assert_eq!(
+        inode("mine"),
+        before,
+        "it was right and nobody worked on it"
+    );
+    for name in ["mine", "roots", "changed"] {
+        let status = fs::metadata(host.root.join(name)).expect("it is there");
+        assert_eq!((status.uid(), status.len()), (NOBODY, 100_000), "{name}");
+    }
+}
+
+#[test]
 fn a_root_on_a_file_system_of_its_own_is_restored_in_place() {
     if !tree::is_root() {
         return;

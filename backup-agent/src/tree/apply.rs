@@ -16,7 +16,7 @@ use nix::{
     errno::Errno,
     fcntl::{AtFlags, OFlag, openat},
     sys::{
-        stat::{Mode, SFlag, UtimensatFlags, fchmod, fstatat, futimens, mkdirat, utimensat},
+        stat::{Mode, SFlag, UtimensatFlags, fchmod, fstat, fstatat, futimens, mkdirat, utimensat},
         time::TimeSpec,
     },
     unistd::{Gid, Uid, UnlinkatFlags, fchown, fchownat, linkat, symlinkat, unlinkat},
@@ -112,6 +112,11 @@ impl Applier {
         };
         let mut found = scan::entry(&entry.path, Kind::File, content.status());
         if !self.is_owner_kept {
+            // Whoever owns the new tree has to own what is in it.
+            let owner = fstat(&self.tree.root).map_err(Error::local("look at", "."))?;
+            if (found.uid, found.gid) != (owner.st_uid, owner.st_gid) {
+                return Ok(false);
+            }
             (found.uid, found.gid) = (entry.uid, entry.gid);
         }
         let is_alone = content.status().st_nlink == 1;
