@@ -27,7 +27,9 @@ flock 9
 if [ ! -e "$dir/.installed" ]; then
     echo "installing the peers of the benchmark into $dir" >&2
     keys=/usr/share/keyrings/debian-archive-keyring.gpg
-    echo "deb [signed-by=$keys] http://deb.debian.org/debian $suite main" >"$dir/apt/sources.list"
+    # The mirror that this system uses anyway.
+    mirror=$(awk '/^URIs:/ { print $2; exit }' /etc/apt/sources.list.d/debian.sources)
+    echo "deb [signed-by=$keys] $mirror $suite main" >"$dir/apt/sources.list"
     fetch update
     (cd "$dir/apt" && fetch download "restic=$restic")
     dpkg-deb -x "$dir/apt"/restic_*.deb "$dir/restic"
