@@ -227,7 +227,9 @@ fn sweep(entries: Option<Source>, mut raw: RawStream) -> (Vec<String>, Vec<(u64,
                         });
                     }
                     lost.extend(entry.extents.iter().filter_map(|extent| match *extent {
-                        Extent::Data { offset, length, .. } => Some((offset, offset + length)),
+                        Extent::Data { offset, length, .. } => {
+                            Some((offset, offset.saturating_add(length)))
+                        }
                         Extent::Hole { .. } => None,
                     }));
                     if let Some(frame) = raw.broken() {
