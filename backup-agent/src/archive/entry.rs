@@ -94,6 +94,50 @@ pub struct Stamp {
     /// Nanoseconds since the epoch.
     pub ctime: i64,
     pub ino: u64,
+    /// The file has more than one name.
+    pub is_linked: bool,
+}
+
+/// Where a file's bytes are: its runs of data (offset and length, ascending) one after the other from `start` on, holes
+/// between them.
+pub fn extents(runs: &[(u64, u64)], size: u64, start: u64) -> Vec<Extent> {
+    let mut extents = Vec::with_capacity(runs.len());
+    let (mut at, mut stored) = (0, start);
+    for &(offset, length) in runs {
+        if offset > at {
+            extents.push(Extent::Hole {
+                length: offset - at,
+            });
+        }
+        if length > 0 {
+            extents.push(Extent::Data {
+                layer: 0,
+                offset: stored,
+                length,
+            });
+        }
+        stored += length;
+        at = offset + length;
+    }
+    if size > at {
+        extents.push(Extent::Hole { length: size - at });
+    }
+    extents
+}
+
+/// The runs of data that extents stand for, as offset in the file and length.
+pub fn runs(extents: &[Extent]) -> Vec<(u64, u64)> {
+    let mut offset = 0;
+    let mut runs = Vec::new();
+    for extent in extents {
+        let (Extent::Data { length, .. } | Extent::Hole { length }) = *extent;
+        if matches!(extent, Extent::Data { .. }) {
+            runs.push((offset, length));
+        }
+        // An index from the store may claim anything.
+        offset = u64::saturating_add(offset, length);
+    }
+    runs
 }
 
 /// Order of a depth-first walk with sorted directories: component by component, by bytes.
@@ -398,6 +442,29 @@ mod tests {
         ];
         for pair in walk.windows(2) {
             assert_eq!(compare(pair[0], pair[1]), Ordering::Less, "{pair:?}");
+        }
+    }
+
+    #[test]
+    fn extents_cover_the_file_with_its_holes() {
+        let data = |offset, length| Extent::Data {
+            layer: 0,
+            offset,
+            length,
+        };
+        let hole = |length| Extent::Hole { length };
+        for (all, size, want) in [
+            (&[(0, 10)][..], 10, vec![data(512, 10)]),
+            (&[], 10, vec![hole(10)]),
+            (&[], 0, vec![]),
+            (
+                &[(4, 2), (8, 1)],
+                12,
+                vec![hole(4), data(512, 2), hole(2), data(514, 1), hole(3)],
+            ),
+        ] {
+            assert_eq!(extents(all, size, 512), want);
+            assert_eq!(runs(&want), all);
         }
     }
 
