@@ -6,18 +6,18 @@
 use std::{
     collections::HashSet,
     fs,
-    io::{self, BufRead, Write},
-    os::unix::process::CommandExt,
+    io::{self, Write},
+    os::{fd::AsFd, unix::process::CommandExt},
     process::{Child, ChildStdin, Command, Stdio},
-    sync::{Arc, Mutex, PoisonError},
     thread,
     time::{Duration, Instant},
 };
 
 use nix::{
     errno::Errno,
+    poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::signal::{Signal, kill},
-    unistd::{Pid, Uid},
+    unistd::{Pid, Uid, read},
 };
 
 /// The hidden verb of the guard.
@@ -157,8 +157,18 @@ impl Drop for Frozen {
 }
 
 impl Process {
+    /// From a line of the guard's orders.
+    fn parse(line: &str) -> Option<Self> {
+        let (pid, started) = line.split_once(' ')?;
+        Some(Self {
+            pid: Pid::from_raw(pid.parse().ok()?),
+            started: started.parse().ok()?,
+        })
+    }
+
     fn go_on(self) {
-        if started(self.pid) == Some(self.started) {
+        // One that is surely another has its number. Where that cannot be told, going on harms nobody.
+        if started(self.pid).is_none_or(|started| started == self.started) {
             // It may end at any moment, and then nothing is left to do.
             let _ = kill(self.pid, Signal::SIGCONT);
         }
@@ -190,7 +200,8 @@ impl Guard {
     }
 
     fn tell(&mut self, process: Process) -> io::Result<()> {
-        writeln!(self.orders, "{} {}", process.pid, process.started)
+        let line = format!("{} {}\n", process.pid, process.started);
+        self.orders.write_all(line.as_bytes())
     }
 
     fn dismiss(&mut self) {
@@ -200,37 +211,52 @@ impl Guard {
     }
 }
 
-/// The guard itself: reads whom it is responsible for, until it is dismissed or alone.
+/// The guard itself: hears whom it is responsible for, until it is dismissed or alone. It starts no thread and no process,
+/// because a machine that is short of everything is where it may be needed.
 pub fn guard(limit: Duration) {
-    let held: Arc<Mutex<Vec<Process>>> = Arc::default();
-    let let_go = |held: &Mutex<Vec<Process>>| {
-        let held = held.lock().unwrap_or_else(PoisonError::into_inner);
-        held.iter().for_each(|process| process.go_on());
-    };
-    let mut clock = None;
-    for line in io::stdin().lock().lines().map_while(Result::ok) {
-        if line == DISMISSED {
-            return;
+    let (mut held, mut heard) = (Vec::new(), Vec::new());
+    let mut end: Option<Instant> = None;
+    let orders = io::stdin();
+    let mut buffer = [0; 4096];
+    loop {
+        let left = end.map(|end| end.saturating_duration_since(Instant::now()));
+        let left = left.map_or(PollTimeout::NONE, |left| {
+            PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
+        });
+        let mut orders_come = [PollFd::new(orders.as_fd(), PollFlags::POLLIN)];
+        match poll(&mut orders_come, left) {
+            // Time is over; there may be more to do once an agent that hangs goes on.
+            Ok(0) => {
+                go_on(&held);
+                end = None;
+                continue;
+            }
+            Err(Errno::EINTR) => continue,
+            Ok(_) | Err(_) => {}
         }
-        let numbers = line.split_once(' ');
-        let process = numbers.and_then(|(pid, started)| {
-            Some(Process {
-                pid: Pid::from_raw(pid.parse().ok()?),
-                started: started.parse().ok()?,
-            })
-        });
-        held.lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .extend(process);
-        let held = held.clone();
-        clock.get_or_insert_with(|| {
-            thread::spawn(move || {
-                thread::sleep(limit);
-                let_go(&held);
-            })
-        });
+        // Past the buffer of the standard library, which `poll` does not see.
+        match read(&orders, &mut buffer) {
+            Err(Errno::EINTR) => {}
+            Ok(0) | Err(_) => break,
+            Ok(length) => heard.extend_from_slice(&buffer[..length]),
+        }
+        while let Some(end_of_line) = heard.iter().position(|byte| *byte == b'\n') {
+            let line: Vec<u8> = heard.drain(..=end_of_line).collect();
+            let line = String::from_utf8_lossy(&line);
+            if line.trim_end() == DISMISSED {
+                return;
+            }
+            held.extend(Process::parse(line.trim_end()));
+            end.get_or_insert_with(|| Instant::now() + limit);
+        }
     }
-    let_go(&held);
+    go_on(&held);
+}
+
+fn go_on(processes: &[Process]) {
+    for process in processes {
+        process.go_on();
+    }
 }
 
 /// Whether a process runs as the user, really or effectively.
