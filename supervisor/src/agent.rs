@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use nix::sys::signal::{Signal, kill};
+use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 use serde_json::Value;
 use tokio::io::AsyncReadExt as _;
@@ -107,7 +107,7 @@ pub fn start(
             Verb::Backup | Verb::Fork | Verb::Prune => config.backup_timeout,
         };
     let (cancel, cancelled) = oneshot::channel();
-    let secrets = config.secrets.clone();
+    let (reaper, secrets) = (reaper.clone(), config.secrets.clone());
     let started = reaper.spawn(&mut command).and_then(|(mut child, exit)| {
         let pid = pid(&child);
         let output = child.stdout.take().expect("was asked to be piped");
@@ -121,7 +121,7 @@ pub fn start(
         Ok((pid, exit, output)) => {
             tokio::spawn(async move {
                 let reading = tokio::spawn(read(output));
-                let (exit, is_late) = supervise(pid, exit, cancelled, limit).await;
+                let (exit, is_late) = supervise(&reaper, pid, exit, cancelled, limit).await;
                 // The pipe may outlive the agent when something of its own holds it; its answer does not.
                 let text = timeout(Duration::from_secs(1), reading).await;
                 let text = text.ok().and_then(Result::ok).unwrap_or_default();
@@ -156,8 +156,9 @@ async fn read(output: pipe::Receiver) -> Vec<u8> {
     text
 }
 
-/// Waits for the exit, and enforces it when cancelled or late. The pid is ours until its exit has come through.
+/// Waits for the exit, and enforces it when cancelled or late.
 async fn supervise(
+    reaper: &Reaper,
     pid: Pid,
     mut exit: oneshot::Receiver<Exit>,
     cancelled: oneshot::Receiver<()>,
@@ -171,12 +172,12 @@ async fn supervise(
         Ok(()) = cancelled => {}
         () = sleep_until(deadline) => is_late = true,
     }
-    let _ = kill(pid, Signal::SIGTERM);
+    reaper.signal(pid, Signal::SIGTERM);
     tokio::select! {
         exit = &mut exit => return (exit.expect(LOST), is_late),
         () = sleep(GRACE) => {}
     }
-    let _ = kill(pid, Signal::SIGKILL);
+    reaper.signal(pid, Signal::SIGKILL);
     (exit.await.expect(LOST), is_late)
 }
 

@@ -126,7 +126,14 @@ fn supervise(config: Config, signals: Signals) -> Result<bool, Error> {
         let place = panic.location().map(ToString::to_string);
         log!(Error, "panicked", at = place);
     }));
-    // Orphans come to us even when we are not PID 1.
+    let is_adopting = std::process::id() == 1 || prctl::get_child_subreaper() == Ok(true);
+    if !is_adopting {
+        log!(
+            Warn,
+            "neither PID 1 nor a subreaper: made a subreaper, so that the gateway's orphans come here"
+        );
+    }
+    // A child's orphans come to us even when we are not PID 1.
     prctl::set_child_subreaper(true).map_err(|error| start("adopting orphans")(error.into()))?;
     let executable = agent::executable().map_err(start("finding the backup-agent"))?;
     if !executable.is_file() {

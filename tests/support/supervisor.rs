@@ -1,5 +1,6 @@
 //! A supervisor under test with a fake gateway and a fake agent, in a folder of its own.
 
+use std::ffi::OsStr;
 use std::fs::{self, Permissions};
 use std::io::{BufRead as _, BufReader};
 use std::net::{SocketAddr, TcpListener};
@@ -175,6 +176,19 @@ impl Setup {
         program
     }
 
+    /// Likewise, as the arguments of another program that executes it.
+    pub fn program_below(&self, words: &[&str]) -> Command {
+        let inner = self.program();
+        let mut program = Command::new(words[0]);
+        program.args(&words[1..]);
+        program.arg(inner.get_program()).args(inner.get_args());
+        let set =
+            |(name, value): (&OsStr, Option<&OsStr>)| Some((name.to_owned(), value?.to_owned()));
+        program.env_clear().envs(inner.get_envs().filter_map(set));
+        program.stdin(Stdio::null()).stderr(Stdio::piped());
+        program
+    }
+
     pub fn start(self) -> Supervisor {
         let program = self.program();
         self.start_as(program)
@@ -307,6 +321,14 @@ pub fn is_alive(pid: i64) -> bool {
     status
         .lines()
         .any(|line| line.starts_with("State:") && !line.contains('Z'))
+}
+
+/// The children of a process, the dead ones that it has not reaped included.
+pub fn children(pid: i32) -> Vec<i32> {
+    let list = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"));
+    let list = list.unwrap_or_default();
+    let pids = list.split_whitespace().map(str::parse);
+    pids.collect::<Result<_, _>>().expect("is a list of pids")
 }
 
 /// A test that needs root says so and ends, when we are not.

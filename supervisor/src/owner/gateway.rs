@@ -10,7 +10,7 @@ use nix::unistd::Pid;
 use serde_json::json;
 use tokio::task::JoinHandle;
 
-use super::{Event, Owner, signal};
+use super::{Event, Owner};
 use crate::api::envelope::Problem;
 use crate::gateway::state::{self, Phase, Then};
 use crate::gateway::sweep::{self, Belongs};
@@ -128,9 +128,9 @@ impl Owner {
         if self.process.is_none() && sweep::is_clean(&belongs) {
             return Some(state::Event::Swept);
         }
-        let events = self.events.clone();
+        let (reaper, events) = (self.reaper.clone(), self.events.clone());
         tokio::spawn(async move {
-            sweep::sweep(belongs).await;
+            sweep::sweep(&belongs, &reaper).await;
             let _ = events.send(Event::Swept);
         });
         None
@@ -154,7 +154,7 @@ impl Owner {
             return;
         };
         let Some(target) = files::restart_target(&self.config, pid.as_raw()) else {
-            signal(pid, Signal::SIGTERM);
+            self.reaper.signal(pid, Signal::SIGTERM);
             return;
         };
         // A third of the grace is left for the exit itself.

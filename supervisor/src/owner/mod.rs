@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use nix::sys::signal::{Signal, kill};
+use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 use serde_json::Value;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender};
@@ -148,7 +148,9 @@ impl Owner {
                 self.ask_version();
             }
             Event::Version(version) => self.status.openclaw = Some(version),
-            Event::AskFailed(pid) if self.is_current(pid) => signal(pid, Signal::SIGTERM),
+            Event::AskFailed(pid) if self.is_current(pid) => {
+                self.reaper.signal(pid, Signal::SIGTERM);
+            }
             Event::Ready(_) | Event::AskFailed(_) => {}
             Event::Swept if self.process.is_some() => self.is_swept = true,
             Event::Swept => self.step(state::Event::Swept),
@@ -214,7 +216,7 @@ impl Owner {
             }
             Action::Terminate => {
                 if let Some(process) = &self.process {
-                    signal(process.pid, Signal::SIGTERM);
+                    self.reaper.signal(process.pid, Signal::SIGTERM);
                 }
                 None
             }
@@ -273,11 +275,6 @@ async fn until(due: Option<Instant>) {
         Some(due) => sleep_until(due).await,
         None => std::future::pending().await,
     }
-}
-
-/// To a child whose exit has not come through, so the pid is still its own.
-fn signal(pid: Pid, signal: Signal) {
-    let _ = kill(pid, signal);
 }
 
 /// Evenly between 0 and 1; without randomness, in the middle.
