@@ -10,6 +10,7 @@ mod error;
 mod gateway;
 mod healthcheck;
 mod log;
+mod oom;
 mod owner;
 mod reaper;
 mod secret;

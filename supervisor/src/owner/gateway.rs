@@ -3,7 +3,7 @@
 use std::fs;
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
 use std::process::Command;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
@@ -17,6 +17,7 @@ use crate::gateway::sweep::{self, Belongs};
 use crate::gateway::{files, probe, process, rpc};
 use crate::log::log;
 use crate::reaper::{Exit, pid};
+use crate::status::LastExit;
 
 /// The gateway takes a restart request in milliseconds; one that does not gets SIGTERM.
 const ASK_TIME_LIMIT: Duration = Duration::from_secs(2);
@@ -55,6 +56,7 @@ impl Owner {
 
     pub(super) fn spawn(&mut self, mut command: Command, is_gateway: bool) -> Option<state::Event> {
         self.is_swept = false;
+        self.kills.remember();
         match self.reaper.spawn(&mut command) {
             Ok((child, exit)) => {
                 let pid = pid(&child);
@@ -92,7 +94,7 @@ impl Owner {
                     code: Some(code),
                     signal: None,
                 };
-                self.status.last_exit = Some((exit, SystemTime::now()));
+                self.status.last_exit = Some(LastExit::now(exit, false));
                 Some(state::Event::Exited(Some(code)))
             }
         }
@@ -103,6 +105,8 @@ impl Owner {
             return;
         }
         let process = self.process.take().expect("is current");
+        // While we sweep, the kill is ours.
+        let is_oom = !self.is_sweeping() && self.kills.explain(exit);
         if let Some(probe) = process.probe {
             probe.abort();
         }
@@ -113,9 +117,10 @@ impl Owner {
             is_gateway = process.is_gateway,
             code = exit.code,
             signal = exit.signal_name(),
+            is_oom = is_oom,
         );
         if process.is_gateway || exit.code != Some(0) {
-            self.status.last_exit = Some((exit, SystemTime::now()));
+            self.status.last_exit = Some(LastExit::now(exit, is_oom));
         }
         self.step(state::Event::Exited(exit.code));
         if std::mem::take(&mut self.is_swept) {

@@ -25,6 +25,7 @@ use crate::config::Config;
 use crate::gateway::process;
 use crate::gateway::state::{self, Action, Phase, Policy, State};
 use crate::log::log;
+use crate::oom::Kills;
 use crate::reaper::{Exit, Reaper};
 use crate::status::Status;
 use gateway::Process;
@@ -62,6 +63,7 @@ pub struct Owner {
     booted: Instant,
     state: State,
     process: Option<Process>,
+    kills: Kills,
     /// The sweep found nothing, but the exit of `process` has not come through yet.
     is_swept: bool,
     starts: u64,
@@ -97,6 +99,7 @@ impl Owner {
             booted: Instant::now(),
             state,
             process: None,
+            kills: Kills::new(),
             is_swept: false,
             starts: 0,
             backups,
