@@ -172,12 +172,21 @@ fn serve(mut stream: TcpStream, folder: &Path, behaviour: &Value) {
     } else if let Some(code) = start.strip_prefix("GET /exit/") {
         let code = code.split(' ').next().and_then(|code| code.parse().ok());
         std::process::exit(code.expect("is an exit code"));
+    } else if start.starts_with("GET /hog") {
+        hog();
     } else if behaviour["silent"] == true {
         // Holds the line without a word until the other side gives up.
         let _ = stream.read_to_end(&mut Vec::new());
     } else if let Ok(socket) = tungstenite::accept(stream) {
         let _ = talk(socket, folder);
     }
+}
+
+/// Takes memory until somebody objects, or it is more than any test allows.
+fn hog() {
+    const MIB: usize = 1 << 20;
+    let taken: Vec<Vec<u8>> = (0..1024).map(|_| vec![1; MIB]).collect();
+    std::process::exit(i32::from(taken.is_empty()));
 }
 
 fn answer(stream: &mut TcpStream, line: &str, body: &str) {
