@@ -13,6 +13,8 @@ use serde_json::{Value, json};
 const STORE_SECRET: &str = "store-secret-0123456789";
 const STATE_SECRET: &str = "state-secret-0123456789";
 
+const READABLE: &str = "the gateway's user can read a secret";
+
 fn lines(report: &Path) -> Vec<Value> {
     let text = fs::read_to_string(report).unwrap_or_default();
     text.lines()
@@ -184,6 +186,29 @@ fn the_assistant_has_no_capability_and_its_limits() {
     let ours = score(&supervisor.pid().as_raw().into());
     let its = score(&supervisor.status()["gateway"]["pid"]);
     assert_eq!(its, (ours + 500).min(1000));
+    assert!(!supervisor.log().contains(READABLE), "{}", supervisor.log());
+}
+
+#[test]
+fn a_secret_that_the_gateways_user_can_read_is_told() {
+    if !is_root() {
+        return;
+    }
+    let setup = Setup::new();
+    let token = secret_file(&setup, "token", TOKEN);
+    for path in [Path::new(&token), &setup.folder.path().join("token")] {
+        fs::set_permissions(path, Permissions::from_mode(0o755)).expect("is ours");
+    }
+    let setup = setup
+        .with("RUNTIME_GATEWAY_USER", "64124")
+        .with("RUNTIME_SERVICE_TOKEN", "")
+        .with("RUNTIME_SERVICE_TOKEN_FILE", &token);
+    let supervisor = setup.start();
+    until("the line", || {
+        let log = supervisor.log();
+        let mut lines = log.lines().filter(|line| line.contains(READABLE));
+        lines.any(|line| line.contains("\"error\"") && line.contains("RUNTIME_SERVICE_TOKEN_FILE"))
+    });
 }
 
 #[test]

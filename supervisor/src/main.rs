@@ -209,7 +209,18 @@ fn warn(config: &Config) {
             Warn,
             "the gateway runs as root: it can read everything that the runtime can"
         );
-    } else if let Some((names, failing)) = capabilities::missing() {
+        return;
+    }
+    for (name, file) in &config.secret_files {
+        if config.user.can_read(file) {
+            log!(
+                Error,
+                "the gateway's user can read a secret: let root alone read its file",
+                setting = format!("{name}_FILE")
+            );
+        }
+    }
+    if let Some((names, failing)) = capabilities::missing() {
         log!(
             Error,
             "root lacks capabilities: add them, as with docker run --cap-add",

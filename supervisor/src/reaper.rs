@@ -147,3 +147,55 @@ impl Exit {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::alloc::{GlobalAlloc, Layout, System};
+    use std::cell::Cell;
+    use std::thread::yield_now;
+
+    use super::*;
+
+    /// The system's allocator, which counts the requests of each thread.
+    struct Counting;
+
+    thread_local! {
+        static REQUESTS: Cell<usize> = const { Cell::new(0) };
+    }
+
+    #[global_allocator]
+    static ALLOCATOR: Counting = Counting;
+
+    // SAFETY: everything is passed on as it is.
+    #[allow(unsafe_code)]
+    unsafe impl GlobalAlloc for Counting {
+        unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+            REQUESTS.set(REQUESTS.get() + 1);
+            // SAFETY: as the caller promises.
+            unsafe { System.alloc(layout) }
+        }
+
+        unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+            // SAFETY: as the caller promises.
+            unsafe { System.dealloc(pointer, layout) }
+        }
+    }
+
+    #[test]
+    fn from_the_wait_to_the_hand_over_nothing_is_allocated() {
+        let reaper = Reaper::default();
+        let (_, mut known) = reaper.spawn(&mut Command::new("true")).expect("runs");
+        let (_, unknown) = reaper.spawn(&mut Command::new("false")).expect("runs");
+        drop(unknown);
+        let before = REQUESTS.get();
+        while !reaper.children().is_empty() {
+            reaper.reap();
+            yield_now();
+        }
+        let exit = known.try_recv();
+        assert_eq!(REQUESTS.get(), before);
+        let exit = exit.expect("was handed over");
+        assert_eq!((exit.code, exit.signal), (Some(0), None));
+        assert!(before > 0, "it counts");
+    }
+}

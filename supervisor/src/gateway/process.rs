@@ -2,9 +2,12 @@
 //! disposition, privilege, capability or `RUNTIME_*` variable.
 
 use std::ffi::{CString, OsStr};
+use std::fs;
 use std::io;
 use std::os::unix::ffi::OsStrExt as _;
+use std::os::unix::fs::MetadataExt as _;
 use std::os::unix::process::CommandExt as _;
+use std::path::Path;
 use std::process::{Command, Stdio};
 
 use nix::sys::prctl;
@@ -74,6 +77,24 @@ impl User {
     /// Whether the gateway's processes can be told from ours by their user.
     pub fn is_apart(&self) -> bool {
         self.uid != unistd::geteuid()
+    }
+
+    /// By mode and owner, of the file and of every folder above it.
+    pub fn can_read(&self, file: &Path) -> bool {
+        let may = |path: &Path, right: u32| {
+            fs::metadata(path).is_ok_and(|metadata| {
+                let shift = match metadata.uid() == self.uid.as_raw() {
+                    true => 6,
+                    false if self.groups.contains(&Gid::from_raw(metadata.gid())) => 3,
+                    false => 0,
+                };
+                metadata.mode() >> shift & right != 0
+            })
+        };
+        let Ok(file) = fs::canonicalize(file) else {
+            return false;
+        };
+        may(&file, 0o4) && file.ancestors().skip(1).all(|folder| may(folder, 0o1))
     }
 }
 
@@ -227,5 +248,47 @@ fn close_descriptors() {
             // SAFETY: on a descriptor that is not open this fails and changes nothing.
             unsafe { libc::fcntl(descriptor, libc::F_SETFD, libc::FD_CLOEXEC) };
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use super::*;
+
+    #[test]
+    fn who_can_read_a_file_depends_on_the_way_there_too() {
+        let top = std::env::temp_dir().join(format!("supervisor-process-{}", std::process::id()));
+        fs::create_dir_all(&top).expect("can make folders");
+        let file = top.join("secret");
+        fs::write(&file, "").expect("can write");
+        let metadata = fs::metadata(&file).expect("is there");
+        let user = |uid: u32, gid: u32| User {
+            name: String::new(),
+            uid: Uid::from_raw(uid),
+            gid: Gid::from_raw(gid),
+            groups: vec![Gid::from_raw(gid)],
+        };
+        let owner = user(metadata.uid(), 64_002);
+        let group = user(64_001, metadata.gid());
+        let other = user(64_001, 64_002);
+        for (folder_mode, mode, readers) in [
+            (0o755, 0o600, [true, false, false]),
+            (0o755, 0o640, [true, true, false]),
+            (0o755, 0o604, [true, false, true]),
+            (0o755, 0o044, [false, true, true]),
+            (0o700, 0o644, [true, false, false]),
+        ] {
+            let set = |path: &Path, mode| {
+                fs::set_permissions(path, fs::Permissions::from_mode(mode)).expect("is ours");
+            };
+            set(&top, folder_mode);
+            set(&file, mode);
+            let found = [&owner, &group, &other].map(|user| user.can_read(&file));
+            assert_eq!(found, readers, "{folder_mode:o} {mode:o}");
+        }
+        assert!(!other.can_read(&top.join("none")));
+        fs::remove_dir_all(top).expect("can remove");
     }
 }
