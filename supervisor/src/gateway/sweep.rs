@@ -72,23 +72,25 @@ pub async fn sweep(belongs: &Belongs, reaper: &Reaper) {
     }
 }
 
-/// Whether nothing of the gateway is left, as far as a look tells: among those of a user, some may hide by forking.
+/// Whether nothing of the gateway is left, told by one short file: it descends from us, and what has lost its parent is our
+/// child. When we have others, such as an agent at work, a sweep has to tell.
 pub fn is_clean(belongs: &Belongs) -> bool {
-    match belongs {
-        Belongs::ToUser(_) => false,
-        Belongs::ByDescent { except } => children(except).is_ok_and(|left| left.is_empty()),
-    }
+    let except = match belongs {
+        Belongs::ToUser(_) => &[][..],
+        Belongs::ByDescent { except } => except,
+    };
+    children(except).is_ok_and(|left| left.is_empty())
 }
 
-/// Lets every stopped process of the gateway go on, in case the agent ended while it held them for a snapshot.
+/// Lets every process of the gateway go on, in case the agent ended while it held them for a snapshot. All of them: one that
+/// does not look stopped yet may be about to.
 pub async fn resume(belongs: Belongs) {
     let mut pause = PAUSE;
     loop {
         match processes(&belongs) {
             Ok(all) => {
-                let stopped = all.iter().filter(|(_, process)| process.state == b'T');
-                for (pid, _) in stopped {
-                    let _ = kill(*pid, Signal::SIGCONT);
+                for (pid, _) in all {
+                    let _ = kill(pid, Signal::SIGCONT);
                 }
                 return;
             }
