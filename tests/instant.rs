@@ -26,7 +26,7 @@ fn host(place: &Place, openclaw: &OpenClaw, uid: u32) -> (Host, Ledger) {
     let host = Host::new(place).with("RUNTIME_GATEWAY_USER", uid.to_string());
     for number in 0..OTHER_FILES {
         // Between the databases and the files in the order of the walk.
-        tree::write(&host.root, &format!("c/{number}"), "content");
+        tree::write(&host.root, format!("c/{number}"), "content");
     }
     let ledger = Ledger::start(openclaw, &host.root, uid);
     (host, ledger)
