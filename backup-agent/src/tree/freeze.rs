@@ -259,12 +259,13 @@ fn go_on(processes: &[Process]) {
     }
 }
 
-/// Whether a process runs as the user, really or effectively.
+/// Whether a process runs as the user, really or effectively. One that only works on files as the user is the agent itself,
+/// or its guard.
 fn belongs_to(pid: Pid, user: Uid) -> bool {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
     let ids = status.lines().find_map(|line| line.strip_prefix("Uid:"));
-    let mut ids = ids.unwrap_or_default().split_ascii_whitespace();
-    ids.any(|id| id.parse() == Ok(user.as_raw()))
+    let ids = ids.unwrap_or_default().split_ascii_whitespace();
+    ids.take(2).any(|id| id.parse() == Ok(user.as_raw()))
 }
 
 /// Whether any thread of a process is neither stopped nor dead.
