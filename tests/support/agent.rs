@@ -296,6 +296,13 @@ impl Host {
             .collect()
     }
 
+    /// Working files in the state directory that only a run under way should have.
+    pub fn scratch(&self) -> Vec<String> {
+        let entries = fs::read_dir(&self.state).into_iter().flatten().flatten();
+        let names = entries.map(|entry| entry.file_name().to_string_lossy().into_owned());
+        names.filter(|name| name.ends_with(".new")).collect()
+    }
+
     /// Loses the disk: root and state are gone.
     pub fn lose_everything(&self) {
         self.lose_root();

@@ -35,6 +35,25 @@ impl Incoming {
         found.map(|(_, value)| decode(value))
     }
 
+    /// As it came, but as the only request of its connection.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        let query = self
+            .query
+            .iter()
+            .map(|(name, value)| format!("{name}={value}"));
+        let query: Vec<String> = query.collect();
+        let mut head = format!("{} {}", self.method, self.path);
+        if !query.is_empty() {
+            head = format!("{head}?{}", query.join("&"));
+        }
+        head.push_str(" HTTP/1.1\r\nConnection: close\r\n");
+        for (name, value) in &self.headers {
+            write!(head, "{name}: {value}\r\n").expect("a string takes everything");
+        }
+        head.push_str("\r\n");
+        [head.as_bytes(), &self.body].concat()
+    }
+
     /// What it is about; `None` for a request that S3 does not have.
     pub fn about(&self) -> Option<About> {
         let host = self.header("host").unwrap_or_default();
@@ -97,6 +116,28 @@ impl Answer {
             headers: Vec::new(),
             body: body.into(),
         }
+    }
+
+    /// One of another server, without its body.
+    pub fn of_head(head: &str) -> Self {
+        let mut lines = head.lines();
+        let status = lines.next().and_then(|line| line.split(' ').nth(1));
+        let headers = lines.filter_map(|line| line.split_once(':'));
+        let headers = headers.map(|(name, value)| (name.to_owned(), value.trim().to_owned()));
+        Self {
+            status: status.and_then(|text| text.parse().ok()).unwrap_or(0),
+            headers: headers
+                .filter(|(name, _)| !name.eq_ignore_ascii_case("connection"))
+                .collect(),
+            body: Vec::new(),
+        }
+    }
+
+    /// Takes the length of the body out of the headers.
+    pub fn take_length(&mut self) -> Option<usize> {
+        let is_length = |(name, _): &(String, String)| name.eq_ignore_ascii_case("content-length");
+        let at = self.headers.iter().position(is_length)?;
+        self.headers.remove(at).1.parse().ok()
     }
 
     pub fn refusal(status: u16, code: &str) -> Self {
