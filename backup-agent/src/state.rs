@@ -117,16 +117,7 @@ impl State {
 
     /// Writes the facts down, whole or not at all.
     pub fn save(&self) -> Result<(), Error> {
-        let path = self.directory.join(FACTS);
-        let new = self.directory.join(FACTS_UNDER_WAY);
-        private(true)
-            .open(&new)
-            .and_then(|mut file| {
-                file.write_all(&sealed::seal(&self.facts))?;
-                file.sync_all()
-            })
-            .and_then(|()| fs::rename(&new, &path))
-            .map_err(Error::local("write", path))
+        self.replace(FACTS, |mut file| file.write_all(&sealed::seal(&self.facts)))
     }
 
     /// Forgets what the tree was equal to. Done before the tree is replaced: a kill in the middle must not leave a word
@@ -180,8 +171,8 @@ impl State {
 
     /// A working file that nobody else sees: it has no name any more.
     pub fn nameless(&self) -> Result<File, Error> {
-        let file = self.scratch(SCRATCH)?;
-        let path = self.directory.join(SCRATCH);
+        let file = self.scratch("scratch.new")?;
+        let path = self.directory.join("scratch.new");
         fs::remove_file(&path).map_err(Error::local("remove", path))?;
         Ok(file)
     }
@@ -189,11 +180,11 @@ impl State {
     /// Removes the working files of runs that were killed; gives their number. Whoever holds the lock has none.
     pub fn sweep(&self) -> io::Result<u64> {
         let mut removed = 0;
-        for name in [INDEX_UNDER_WAY, SCRATCH, FACTS_UNDER_WAY] {
-            match fs::remove_file(self.directory.join(name)) {
-                Ok(()) => removed += 1,
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                Err(error) => return Err(error),
+        for entry in fs::read_dir(&self.directory)? {
+            let path = entry?.path();
+            if path.extension().is_some_and(|extension| extension == "new") {
+                fs::remove_file(path)?;
+                removed += 1;
             }
         }
         Ok(removed)
@@ -207,13 +198,24 @@ impl State {
         };
         File::open(self.directory.join(name)).ok().map(Spool::new)
     }
+
+    fn replace(&self, name: &str, fill: impl FnOnce(&File) -> io::Result<()>) -> Result<(), Error> {
+        let path = self.directory.join(name);
+        let new = self.directory.join(format!("{name}.new"));
+        private(true)
+            .open(&new)
+            .and_then(|file| {
+                fill(&file)?;
+                file.sync_all()
+            })
+            .and_then(|()| fs::rename(&new, &path))
+            .map_err(Error::local("write", path))
+    }
 }
 
 const FACTS: &str = "state.json";
-const FACTS_UNDER_WAY: &str = "state.json.new";
 const INDEX: &str = "index";
 const INDEX_UNDER_WAY: &str = "index.new";
-const SCRATCH: &str = "scratch.new";
 
 fn private(truncate: bool) -> OpenOptions {
     let mut options = OpenOptions::new();

@@ -8,6 +8,8 @@ mod http;
 mod retry;
 mod s3;
 
+pub use self::retry::twice;
+
 use std::{io, pin::Pin, sync::Arc, time::Duration};
 
 use hyper::body::Bytes;
@@ -134,6 +136,8 @@ impl StoreError {
                     // Two conditional writes met inside of the service: ours was not judged.
                     || (*status == 409 && code == "ConditionalRequestConflict")
                     || code == "RequestTimeout"
+                    // The body was altered on its way, and Content-MD5 said so.
+                    || code == "BadDigest"
             }
             Self::Transport { .. } | Self::Stalled { .. } | Self::Protocol(_) => true,
             Self::NotFound | Self::TooShort | Self::Conflict | Self::Abandoned | Self::Io(_) => {
