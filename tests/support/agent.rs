@@ -297,10 +297,11 @@ impl Host {
     }
 
     /// Working files in the state directory that only a run under way should have.
-    pub fn scratch(&self) -> Vec<String> {
+    pub fn scratch(&self) -> Vec<PathBuf> {
         let entries = fs::read_dir(&self.state).into_iter().flatten().flatten();
-        let names = entries.map(|entry| entry.file_name().to_string_lossy().into_owned());
-        names.filter(|name| name.ends_with(".new")).collect()
+        let paths = entries.map(|entry| entry.path());
+        let is_scratch = |path: &PathBuf| path.extension().is_some_and(|end| end == "new");
+        paths.filter(is_scratch).collect()
     }
 
     /// Loses the disk: root and state are gone.

@@ -30,6 +30,9 @@ struct Inner {
     passed: u64,
     /// Requests of which it is not settled yet what they do on the server.
     under_way: u64,
+    /// Connections that are open, and where the last one came from.
+    connections: u64,
+    newest: Option<SocketAddr>,
     is_stopped: bool,
 }
 
@@ -71,6 +74,8 @@ impl Proxy {
                 may_pass: 0,
                 passed: 0,
                 under_way: 0,
+                connections: 0,
+                newest: None,
                 is_stopped: false,
             }),
             changed: Condvar::new(),
@@ -83,8 +88,17 @@ impl Proxy {
                 }
                 let shared = Arc::clone(&proxy);
                 if let Ok(stream) = stream {
-                    // Either end may go away in the middle; that is no fault of the proxy.
-                    std::thread::spawn(move || drop(serve(&shared, &stream)));
+                    let mut inner = proxy.lock();
+                    inner.connections += 1;
+                    inner.newest = stream.peer_addr().ok();
+                    drop(inner);
+                    proxy.changed.notify_all();
+                    std::thread::spawn(move || {
+                        // Either end may go away in the middle; that is no fault of the proxy.
+                        drop(serve(&shared, &stream));
+                        shared.lock().connections -= 1;
+                        shared.changed.notify_all();
+                    });
                 }
             }
         });
@@ -111,14 +125,26 @@ impl Proxy {
         self.shared.lock().arrived
     }
 
-    /// Waits until nothing is under way any more that could change the store.
+    /// Waits until it is settled what every request that has come does on the server.
     pub fn settle(&self) {
-        let inner = self.shared.lock();
-        let is_busy = |inner: &mut Inner| inner.under_way > 0;
-        let waited = self
-            .shared
-            .changed
-            .wait_timeout_while(inner, DEADLINE, is_busy);
+        self.wait_while(|inner| inner.under_way > 0);
+    }
+
+    /// Waits, after the end of whoever sent requests, until the last of them has come and is settled.
+    pub fn drain(&self) {
+        // Connections are taken in their order, so with this one every earlier one has been.
+        let last = TcpStream::connect(self.address).expect("the proxy listens");
+        let address = last.local_addr().ok();
+        self.wait_while(|inner| inner.newest != address);
+        drop(last);
+        self.wait_while(|inner| inner.connections > 0);
+    }
+
+    fn wait_while(&self, is_busy: impl Fn(&Inner) -> bool) {
+        let waited =
+            self.shared
+                .changed
+                .wait_timeout_while(self.shared.lock(), DEADLINE, |inner| is_busy(inner));
         let wait = waited.expect("no thread of the proxy panics").1;
         assert!(!wait.timed_out(), "a request never ends");
     }

@@ -43,7 +43,7 @@ impl Choices {
 
 /// Runs `round` with each seed, `threads` at a time. `test` is the suite and the test, as in `torture a_kill`; CI runs
 /// `rounds` of them.
-pub fn rounds(test: &str, rounds: u64, threads: usize, round: impl Fn(u64, &mut Choices) + Sync) {
+pub fn rounds(test: &str, rounds: u64, threads: usize, round: impl Fn(&mut Choices) + Sync) {
     let first = number(SEED).unwrap_or(1);
     let end = first + number(ROUNDS).unwrap_or(rounds);
     let next = AtomicU64::new(first);
@@ -54,7 +54,7 @@ pub fn rounds(test: &str, rounds: u64, threads: usize, round: impl Fn(u64, &mut 
             if seed >= end {
                 return;
             }
-            let run = AssertUnwindSafe(|| round(seed, &mut Choices::new(seed)));
+            let run = AssertUnwindSafe(|| round(&mut Choices::new(seed)));
             if catch_unwind(run).is_err() {
                 failed.lock().expect("nobody panics with it").push(seed);
                 // Others would only repeat it.
