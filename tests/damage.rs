@@ -2,7 +2,7 @@
 
 use e2e::agent::{Host, Outcome, Place};
 use e2e::on_every_store;
-use e2e::s3::{Effect, Kind};
+use e2e::s3::{Effect, Fault, Kind};
 use e2e::tree::{self, Tree, assert_same, describe};
 
 on_every_store!(
@@ -152,15 +152,53 @@ fn content_that_is_damaged_on_the_way_is_not_used() {
         std::fs::remove_dir_all(&host.state).expect("there is a state");
         place
             .s3()
-            .add_fault(Kind::Get, key, 1, Effect::WrongContent);
+            .add_fault(Kind::Get, key, 2, Effect::WrongContent);
         let _ = host.run(&["restore"]).expect(11);
         assert_same(&before, &describe(&host.root));
         assert_eq!(host.leftovers(), [""; 0]);
+        place.s3().clear_faults();
         assert_eq!(
             host.json(&["restore"])["snapshot"],
             snapshot,
             "the store itself is sound"
         );
+    }
+}
+
+#[test]
+fn content_that_is_damaged_on_the_way_once_is_fetched_again() {
+    let place = Place::memory();
+    let (host, snapshot, _) = host(&place);
+    let restored = Host::new(&place);
+    let _ = restored.run(&["restore"]).expect(0);
+    let want = describe(&restored.root);
+    // Of a layer: its footer, its index, its frames.
+    for (key, skip) in [
+        ("head.json", 0),
+        ("snapshots/", 0),
+        ("layers/", 0),
+        ("layers/", 1),
+    ] {
+        place.s3().add(Fault {
+            kind: Kind::Get,
+            key,
+            skip,
+            times: 1,
+            effect: Effect::WrongContent,
+        });
+        let other = Host::new(&place);
+        assert_eq!(other.json(&["restore"])["snapshot"], snapshot);
+        assert_same(&want, &describe(&other.root));
+    }
+    for skip in 0..3 {
+        place.s3().add(Fault {
+            kind: Kind::Get,
+            key: "layers/",
+            skip,
+            times: 1,
+            effect: Effect::WrongContent,
+        });
+        let _ = host.run(&["verify", "--deep"]).expect(0);
     }
 }
 

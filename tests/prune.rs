@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::time::{Duration, SystemTime};
 
-use e2e::agent::{Host, Place, boot_id};
+use e2e::agent::{Host, PREFIX, Place, boot_id};
 use e2e::on_every_store;
 use e2e::past;
 use e2e::s3::{Effect, Kind};
@@ -452,6 +452,50 @@ fn leftovers_of_writers_that_died_go_when_they_are_old() {
     assert!(names.iter().all(|name| !base.join(name).exists()));
     assert!(foreign.iter().all(|name| base.join(name).exists()));
     assert_whole(&place, &past);
+}
+
+#[test]
+fn uploads_in_parts_that_a_killed_agent_left_open_are_aborted_when_they_are_old() {
+    let place = Place::memory();
+    let past = past(&place, &[2 * HOUR]);
+    tree::write(&past.host.root, "noise", tree::noise(1, 20 << 20));
+    place
+        .s3()
+        .add_fault(Kind::Complete, "layers/", 1, Effect::Stall);
+    let running = past.host.start(&["backup"]);
+    place.s3().wait_for(Kind::Complete, "layers/");
+    running.signal(Signal::KILL);
+    assert_eq!(running.wait().signal, Some(9));
+
+    place.s3().age_uploads(Duration::from_mins(59));
+    past.host.json(&["prune"]);
+    assert_eq!(place.s3().open_uploads(), 1, "it may be under way");
+    place.s3().age_uploads(Duration::from_mins(2));
+    past.host.json(&["prune", "--dry-run"]);
+    assert_eq!(place.s3().open_uploads(), 1);
+    // Somebody else's in the same bucket.
+    let elsewhere = Host::new(&place).with("RUNTIME_INSTANCE_ID", "the-instance-2");
+    let _ = elsewhere.run(&["prune"]).expect(0);
+    assert_eq!(place.s3().open_uploads(), 1);
+    let outcome = past.host.run(&["prune"]).expect(0);
+    assert_eq!(outcome.logged("leftovers removed")[0]["count"], 1);
+    assert_eq!(place.s3().open_uploads(), 0);
+    place.s3().assert_no_complaints();
+}
+
+#[test]
+fn open_uploads_are_found_on_a_server_of_somebody_elses_making() {
+    let place = Place::moto();
+    let Place::Moto(moto, bucket) = &place else {
+        unreachable!("it was made as one");
+    };
+    let key = format!("{PREFIX}layers/a layer & more.tar.zst");
+    moto.begin_upload(bucket, &key.replace(' ', "%20").replace('&', "%26"));
+    moto.begin_upload(bucket, "some/prefix/the-instance-2/layers/another");
+    assert_eq!(moto.open_uploads(bucket), 2);
+    // It says of every upload that it was begun in 2010.
+    let _ = Host::new(&place).run(&["prune"]).expect(0);
+    assert_eq!(moto.open_uploads(bucket), 1);
 }
 
 #[test]

@@ -177,6 +177,19 @@ impl State {
         Ok(file)
     }
 
+    /// Removes the working files of runs that were killed; gives their number. Whoever holds the lock has none.
+    pub fn sweep(&self) -> io::Result<u64> {
+        let mut removed = 0;
+        for entry in fs::read_dir(&self.directory)? {
+            let path = entry?.path();
+            if path.extension().is_some_and(|extension| extension == "new") {
+                fs::remove_file(path)?;
+                removed += 1;
+            }
+        }
+        Ok(removed)
+    }
+
     /// The index of a snapshot to compare the tree with: the last one, or the one under way.
     pub fn index(&self, which: Which) -> Option<Spool> {
         let name = match which {

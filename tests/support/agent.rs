@@ -296,6 +296,14 @@ impl Host {
             .collect()
     }
 
+    /// Working files in the state directory that only a run under way should have.
+    pub fn scratch(&self) -> Vec<PathBuf> {
+        let entries = fs::read_dir(&self.state).into_iter().flatten().flatten();
+        let paths = entries.map(|entry| entry.path());
+        let is_scratch = |path: &PathBuf| path.extension().is_some_and(|end| end == "new");
+        paths.filter(is_scratch).collect()
+    }
+
     /// Loses the disk: root and state are gone.
     pub fn lose_everything(&self) {
         self.lose_root();

@@ -101,6 +101,11 @@ impl Moto {
         );
     }
 
+    pub fn begin_upload(&self, bucket: &str, key: &str) {
+        let (status, _) = self.request("POST", &format!("/{bucket}/{key}?uploads"), b"");
+        assert_eq!(status, 200, "moto begins an upload of {key}");
+    }
+
     /// Uploads in parts that were neither completed nor aborted.
     pub fn open_uploads(&self, bucket: &str) -> usize {
         let (status, page) = self.request("GET", &format!("/{bucket}?uploads"), b"");

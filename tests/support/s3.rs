@@ -2,16 +2,19 @@
 //! and misbehaving on order. One bucket, named [`BUCKET`]; every request must be signed by its one client.
 
 use std::collections::BTreeMap;
-use std::fmt::Write as _;
-use std::io::{self, BufRead as _, BufReader, Read as _, Write as _};
+use std::io::{self, BufReader};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
+use jiff::Timestamp;
+
 use self::service::{judge, tag};
-use crate::signature::{Identity, decode};
+use self::wire::{Begun, begin, deliver, receive};
+use crate::signature::Identity;
 
 mod service;
+pub mod wire;
 
 pub const BUCKET: &str = "the-bucket";
 /// Far longer than anything takes, so that only a missing event fails a test.
@@ -29,6 +32,8 @@ pub enum Kind {
     Part,
     Complete,
     Abort,
+    /// A listing of the uploads in parts that are open.
+    ListUploads,
 }
 
 /// How a request goes wrong.
@@ -56,6 +61,14 @@ pub enum Effect {
     StallAfter,
     /// The answer's body is not what is stored.
     WrongContent,
+    /// The request's body is another one when it arrives.
+    WrongUpload,
+    /// The answer's entity tag is another one.
+    WrongTag,
+    /// It is done, and the connection is reset behind the answer.
+    ResetAfter,
+    /// It is done, and the answer comes a few bytes at a time.
+    Slow,
     /// It waits for [`S3::release`], then all is well.
     Hold,
 }
@@ -96,12 +109,19 @@ impl Object {
     }
 }
 
+/// An upload in parts.
+struct Upload {
+    object: String,
+    begun: Timestamp,
+    parts: BTreeMap<u32, Vec<u8>>,
+}
+
 #[derive(Default)]
 #[expect(clippy::struct_excessive_bools, reason = "each is a switch of its own")]
 struct Inner {
     objects: BTreeMap<String, Object>,
-    /// Object and parts by upload id.
-    uploads: BTreeMap<String, (String, BTreeMap<u32, Vec<u8>>)>,
+    /// By upload id.
+    uploads: BTreeMap<String, Upload>,
     requests: Vec<Request>,
     arrivals: Vec<(Kind, String)>,
     faults: Vec<Fault>,
@@ -236,6 +256,13 @@ impl S3 {
         self.shared.lock().uploads.len()
     }
 
+    /// Lets so much time go by for the open ones.
+    pub fn age_uploads(&self, by: Duration) {
+        for upload in self.shared.lock().uploads.values_mut() {
+            upload.begun -= by;
+        }
+    }
+
     /// What was asked since the last call.
     pub fn take_requests(&self) -> Vec<Request> {
         let mut inner = self.shared.lock();
@@ -300,211 +327,41 @@ impl Drop for S3 {
     }
 }
 
-/// A request as it came over the wire.
-struct Incoming {
-    method: String,
-    /// As sent: percent-encoded.
-    path: String,
-    query: Vec<(String, String)>,
-    /// Names in lower case.
-    headers: Vec<(String, String)>,
-    body: Vec<u8>,
-}
-
-impl Incoming {
-    fn header(&self, name: &str) -> Option<&str> {
-        let found = self.headers.iter().find(|(key, _)| key == name);
-        found.map(|(_, value)| value.as_str())
-    }
-
-    fn parameter(&self, name: &str) -> Option<String> {
-        let found = self.query.iter().find(|(key, _)| key == name);
-        found.map(|(_, value)| decode(value))
-    }
-
-    fn kind(&self, key: &str) -> Option<Kind> {
-        let is_upload = self.parameter("uploadId").is_some();
-        Some(match (self.method.as_str(), is_upload) {
-            ("GET", false) if key.is_empty() => Kind::List,
-            ("GET", false) => Kind::Get,
-            ("HEAD", false) => Kind::Head,
-            ("PUT", false) => Kind::Put,
-            ("PUT", true) => Kind::Part,
-            ("POST", false) if self.parameter("uploads").is_some() => Kind::Create,
-            ("POST", true) => Kind::Complete,
-            ("DELETE", false) => Kind::Delete,
-            ("DELETE", true) => Kind::Abort,
-            _ => return None,
-        })
-    }
-}
-
-struct Answer {
-    status: u16,
-    headers: Vec<(&'static str, String)>,
-    body: Vec<u8>,
-}
-
-impl Answer {
-    fn new(status: u16, body: impl Into<Vec<u8>>) -> Self {
-        Self {
-            status,
-            headers: Vec::new(),
-            body: body.into(),
-        }
-    }
-
-    fn refusal(status: u16, code: &str) -> Self {
-        Self::new(
-            status,
-            format!(
-                "<?xml version=\"1.0\"?><Error><Code>{code}</Code><Message>on the tests' order</Message></Error>"
-            ),
-        )
-    }
-
-    fn with(mut self, name: &'static str, value: impl Into<String>) -> Self {
-        self.headers.push((name, value.into()));
-        self
-    }
-}
-
 /// Serves one connection to its end.
 fn serve(shared: &Shared, stream: &TcpStream) -> io::Result<()> {
     stream.set_nodelay(true)?;
     let mut reader = BufReader::new(stream.try_clone()?);
-    while let Some(incoming) = receive(&mut reader)? {
-        let host = incoming.header("host").unwrap_or_default();
-        let is_virtual_host = host.starts_with(&format!("{BUCKET}."));
-        let plain = decode(&incoming.path);
-        let (bucket, key) = if is_virtual_host {
-            (BUCKET, plain.trim_start_matches('/'))
-        } else {
-            plain
-                .trim_start_matches('/')
-                .split_once('/')
-                .unwrap_or((plain.trim_matches('/'), ""))
-        };
-        let Some(kind) = incoming.kind(key) else {
+    while let Some(mut incoming) = receive(&mut reader)? {
+        let Some(about) = incoming.about() else {
             shared.lock().complaints.push(format!(
                 "{} {} is no request",
                 incoming.method, incoming.path
             ));
             return Ok(());
         };
-        let place = incoming
-            .parameter("prefix")
-            .unwrap_or_else(|| key.to_owned());
-        let effect = arrive(shared, kind, &place);
-        match effect {
-            Some(Effect::ResetBefore) => return reset(stream),
-            Some(Effect::Stall) => return stall(&mut reader),
-            Some(Effect::Hold) => hold(shared),
-            _ => {}
+        let effect = arrive(shared, about.kind, &about.place);
+        if effect == Some(Effect::Hold) {
+            hold(shared);
         }
-        let mut answer = match effect {
-            Some(Effect::Status {
-                status,
-                code,
-                retry_after,
-            }) => {
-                let answer = Answer::refusal(status, code);
-                match retry_after {
-                    Some(seconds) => answer.with("Retry-After", seconds.to_string()),
-                    None => answer,
-                }
-            }
-            _ => judge(shared, &incoming, bucket, key, kind),
+        let answer = match begin(effect, stream, &mut reader, &mut incoming)? {
+            Begun::Over => return Ok(()),
+            Begun::Refused(answer) => answer,
+            Begun::GoesOn => judge(shared, &incoming, &about),
         };
-        if effect == Some(Effect::WrongContent) {
-            let middle = answer.body.len() / 2;
-            answer.body[middle] ^= 1;
-        }
         shared.lock().requests.push(Request {
-            kind,
-            key: place,
+            kind: about.kind,
+            key: about.place,
             received: incoming.body.len(),
             sent: answer.body.len(),
             status: answer.status,
-            is_virtual_host,
+            is_virtual_host: about.is_virtual_host,
         });
         shared.changed.notify_all();
-        let head = head(&answer);
-        let body: &[u8] = if kind == Kind::Head {
-            b""
-        } else {
-            &answer.body
-        };
-        let half = &body[..body.len() / 2];
-        let mut out = stream;
-        match effect {
-            Some(Effect::LoseAnswer) => return Ok(()),
-            Some(Effect::StallAfter) => return stall(&mut reader),
-            Some(Effect::Truncate) => return out.write_all(&[head.as_bytes(), half].concat()),
-            Some(Effect::ResetInBody) => {
-                out.write_all(&[head.as_bytes(), half].concat())?;
-                return reset(stream);
-            }
-            Some(Effect::StallInBody) => {
-                out.write_all(&[head.as_bytes(), half].concat())?;
-                return stall(&mut reader);
-            }
-            _ => out.write_all(&[head.as_bytes(), body].concat())?,
+        if !deliver(effect, about.kind, answer, stream, &mut reader)? {
+            return Ok(());
         }
     }
     Ok(())
-}
-
-fn head(answer: &Answer) -> String {
-    let mut head = format!(
-        "HTTP/1.1 {} Status\r\nContent-Length: {}\r\n",
-        answer.status,
-        answer.body.len()
-    );
-    for (name, value) in &answer.headers {
-        write!(head, "{name}: {value}\r\n").expect("a string takes everything");
-    }
-    head.push_str("\r\n");
-    head
-}
-
-fn receive(reader: &mut BufReader<TcpStream>) -> io::Result<Option<Incoming>> {
-    let mut line = String::new();
-    if reader.read_line(&mut line)? == 0 {
-        return Ok(None);
-    }
-    let mut words = line.split_whitespace();
-    let method = words.next().unwrap_or_default().to_owned();
-    let target = words.next().unwrap_or_default();
-    let (path, query) = target.split_once('?').unwrap_or((target, ""));
-    let (path, query) = (path.to_owned(), query.to_owned());
-    let mut headers = Vec::new();
-    loop {
-        let mut line = String::new();
-        reader.read_line(&mut line)?;
-        let Some((name, value)) = line.trim_end().split_once(':') else {
-            break;
-        };
-        headers.push((name.to_ascii_lowercase(), value.trim().to_owned()));
-    }
-    let pairs = query.split('&').filter(|pair| !pair.is_empty());
-    let query = pairs
-        .map(|pair| pair.split_once('=').unwrap_or((pair, "")))
-        .map(|(k, v)| (k.to_owned(), v.to_owned()));
-    let mut incoming = Incoming {
-        method,
-        path,
-        query: query.collect(),
-        headers,
-        body: Vec::new(),
-    };
-    let length = incoming
-        .header("content-length")
-        .and_then(|text| text.parse().ok())
-        .unwrap_or(0);
-    incoming.body = vec![0; length];
-    reader.read_exact(&mut incoming.body)?;
-    Ok(Some(incoming))
 }
 
 /// Notes the request and finds what is to go wrong with it.
@@ -537,15 +394,4 @@ fn hold(shared: &Shared) {
         .changed
         .wait_timeout_while(inner, DEADLINE, |inner| inner.is_held);
     drop(released.expect("no thread of the server panics"));
-}
-
-/// Says nothing more until the client goes away.
-fn stall(reader: &mut BufReader<TcpStream>) -> io::Result<()> {
-    io::copy(reader, &mut io::sink()).map(drop)
-}
-
-fn reset(stream: &TcpStream) -> io::Result<()> {
-    // A connection that is closed without lingering is reset.
-    rustix::net::sockopt::set_socket_linger(stream, Some(Duration::ZERO))?;
-    Ok(())
 }

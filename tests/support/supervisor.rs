@@ -14,6 +14,7 @@ use nix::unistd::Pid;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
+use crate::agent::{INSTANCE, Place};
 use crate::binaries::binary;
 use crate::http::{self, Response};
 use crate::wait::{until, until_some};
@@ -105,6 +106,16 @@ impl Setup {
         self.settings.retain(|(known, _)| known != name);
         self.settings.push((name.to_owned(), value.to_owned()));
         self
+    }
+
+    /// With the real agent, on this store.
+    #[must_use]
+    pub fn on(mut self, store: &Place) -> Self {
+        let agent = self.folder.path().join("bin/backup-agent");
+        fs::remove_file(&agent).expect("there is the fake one");
+        place(&binary("backup-agent"), &agent);
+        self.settings.extend(store.settings());
+        self.with("RUNTIME_INSTANCE_ID", INSTANCE)
     }
 
     /// Runs this instead of the fake gateway.
@@ -294,6 +305,29 @@ impl Supervisor {
 
     pub fn signal(&self, signal: Signal) {
         kill(self.pid(), signal).expect("the supervisor is there");
+    }
+
+    /// Kills it and every process of it at once, as the end of its container does.
+    pub fn kill_container(&mut self) {
+        let folder = fs::canonicalize(self.setup.folder.path()).expect("it is there");
+        self.child.kill().expect("it is our child");
+        let _ = self.wait();
+        // All their programs are in our folder. Nobody starts any, now that the supervisor has gone, but who is there.
+        until("the end of every process", || {
+            let processes = fs::read_dir("/proc").expect("there is one");
+            let names = processes.flatten().map(|entry| entry.file_name());
+            let pids = names.filter_map(|name| name.to_str()?.parse::<i32>().ok());
+            let ours = pids.filter(|pid| {
+                let program = fs::read_link(format!("/proc/{pid}/exe"));
+                program.is_ok_and(|program| program.starts_with(&folder))
+            });
+            let ours: Vec<i32> = ours.collect();
+            for pid in &ours {
+                // It may have ended meanwhile.
+                let _ = kill(Pid::from_raw(*pid), Signal::SIGKILL);
+            }
+            ours.is_empty()
+        });
     }
 
     /// Waits for its end.

@@ -2,14 +2,14 @@
 
 use std::{
     fs::File,
-    io::Write,
+    io::{Seek, Write},
     sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel},
     thread,
 };
 
 use hyper::body::Bytes;
 use sha2::{Digest, Sha256};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use zstd::bulk::Decompressor;
 
 use super::{
@@ -25,7 +25,7 @@ use crate::{
         id::hex,
         record::{FORMAT, Layer, layer_key},
     },
-    store::Store,
+    store::{Store, twice},
 };
 
 /// Bytes that are fetched with one request: about one frame that does not compress.
@@ -50,23 +50,12 @@ pub struct LayerIndex {
 impl LayerIndex {
     /// Fetches the index of a layer into `file`, and judges it.
     pub async fn fetch(store: &dyn Store, layer: &Layer, mut file: File) -> Result<Self, Error> {
-        let key = layer_key(&layer.id);
-        let mut sum = Sha256::new();
-        let mut at = 0;
-        while at < layer.index_size {
-            let length = RANGE.min(layer.index_size - at);
-            let bytes = range(store, &key, layer.index_offset + at, length).await?;
-            sum.update(&bytes);
-            file.write_all(&bytes)
+        twice(async || {
+            file.rewind()
                 .map_err(Error::local("write", "the index under way"))?;
-            at += length;
-        }
-        let got = hex(&sum.finalize());
-        if got != layer.index_sha256 {
-            let want = &layer.index_sha256;
-            let reason = format!("expected sha256 {want} of its index, got {got}");
-            return Err(damaged(layer, reason));
-        }
+            fetch_index(store, layer, &mut file).await
+        })
+        .await?;
         let mut index = Self {
             layer: layer.clone(),
             frames: Vec::new(),
@@ -89,6 +78,27 @@ impl LayerIndex {
     fn open(&self) -> Result<IndexReader<SpoolReader>, Error> {
         IndexReader::new(self.spool.reader()).map_err(Error::local("set up", "zstd"))
     }
+}
+
+async fn fetch_index(store: &dyn Store, layer: &Layer, file: &mut File) -> Result<(), Error> {
+    let key = layer_key(&layer.id);
+    let mut sum = Sha256::new();
+    let mut at = 0;
+    while at < layer.index_size {
+        let length = RANGE.min(layer.index_size - at);
+        let bytes = range(store, &key, layer.index_offset + at, length).await?;
+        sum.update(&bytes);
+        file.write_all(&bytes)
+            .map_err(Error::local("write", "the index under way"))?;
+        at += length;
+    }
+    let got = hex(&sum.finalize());
+    if got == layer.index_sha256 {
+        return Ok(());
+    }
+    let want = &layer.index_sha256;
+    let reason = format!("expected sha256 {want} of its index, got {got}");
+    Err(damaged(layer, reason))
 }
 
 /// Judges the first line of a layer's index.
@@ -174,7 +184,21 @@ fn plan(table: &[Frame], wanted: &[bool]) -> Vec<Request> {
 pub struct Download {
     layer: Layer,
     requests: Vec<Request>,
-    lanes: Vec<mpsc::Sender<(Request, Bytes)>>,
+    lanes: Vec<Supply>,
+}
+
+/// The store's ends of one unpacking thread.
+struct Supply {
+    ranges: mpsc::Sender<(Request, Bytes)>,
+    /// Frames that did not come as they are on the store, or are damaged there.
+    again: mpsc::Receiver<Again>,
+}
+
+/// A frame that is wanted a second time.
+struct Again {
+    offset: u64,
+    length: u64,
+    bytes: oneshot::Sender<Bytes>,
 }
 
 /// The wanted parts of a layer's raw tar stream, forward only: the half that reads. In between, frames are checked and
@@ -226,6 +250,7 @@ pub fn stream(
     let (mut senders, mut receivers) = (Vec::new(), Vec::new());
     for _ in 0..LANES.min(requests.len()) {
         let (sender, ranges) = mpsc::channel(1);
+        let (asks, again) = mpsc::channel(1);
         let (frames, unpacked) = sync_channel(0);
         let (returns, spare) = channel();
         let layer = index.layer.clone();
@@ -238,11 +263,15 @@ pub fn stream(
                     check,
                     decompressor,
                     spare,
+                    again: asks,
                 };
                 lane.run(ranges, &frames);
             })
             .map_err(Error::local("start", "a thread that unpacks"))?;
-        senders.push(sender);
+        senders.push(Supply {
+            ranges: sender,
+            again,
+        });
         receivers.push(Lane { unpacked, returns });
     }
     let due: Vec<usize> = requests.iter().map(|r| r.frames.len()).collect();
@@ -275,14 +304,14 @@ impl Download {
         let key = layer_key(&layer.id);
         let mut lanes = lanes.into_iter();
         let mut run = |first: usize| {
-            let sender = lanes.next();
+            let supply = lanes.next();
             let mine: Vec<Request> = requests
                 .iter()
                 .skip(first)
                 .step_by(LANES)
                 .cloned()
                 .collect();
-            lane(store, &key, mine, sender)
+            lane(store, &key, mine, supply)
         };
         let (a, b, c, d) = tokio::join!(run(0), run(1), run(2), run(3));
         Ok(a? + b? + c? + d?)
@@ -293,20 +322,41 @@ async fn lane(
     store: &dyn Store,
     key: &str,
     requests: Vec<Request>,
-    sender: Option<mpsc::Sender<(Request, Bytes)>>,
+    supply: Option<Supply>,
 ) -> Result<u64, Error> {
     let mut got = 0;
-    let Some(sender) = sender else { return Ok(0) };
+    let Some(Supply { ranges, mut again }) = supply else {
+        return Ok(0);
+    };
     for request in requests {
         // The place first: what is fetched has somewhere to go. Without a reader there is nothing left to do; it says why.
-        let Ok(place) = sender.reserve().await else {
+        let place = loop {
+            tokio::select! {
+                place = ranges.reserve() => break place,
+                Some(frame) = again.recv() => got += frame.fetch(store, key).await?,
+            }
+        };
+        let Ok(place) = place else {
             break;
         };
         let bytes = range(store, key, request.offset, request.length).await?;
         got += request.length;
         place.send((request, bytes));
     }
+    drop(ranges);
+    while let Some(frame) = again.recv().await {
+        got += frame.fetch(store, key).await?;
+    }
     Ok(got)
+}
+
+impl Again {
+    async fn fetch(self, store: &dyn Store, key: &str) -> Result<u64, Error> {
+        let bytes = range(store, key, self.offset, self.length).await?;
+        // Nobody takes it when the reader has gone.
+        let _ = self.bytes.send(bytes);
+        Ok(self.length)
+    }
 }
 
 /// One lane: ranges in, unpacked frames out, until either end is closed.
@@ -315,23 +365,46 @@ struct Unpacker {
     check: Check,
     decompressor: Decompressor<'static>,
     spare: Receiver<Vec<u8>>,
+    again: mpsc::Sender<Again>,
 }
 
 impl Unpacker {
     fn run(&mut self, mut ranges: mpsc::Receiver<(Request, Bytes)>, frames: &SyncSender<Unpacked>) {
         while let Some((request, mut bytes)) = ranges.blocking_recv() {
+            let mut offset = request.offset;
             for (start, frame) in request.frames {
                 let stored = bytes.split_to(usize::try_from(frame.stored).unwrap_or(usize::MAX));
+                let mut raw = self.unpack(&frame, &stored);
+                if raw.is_err() {
+                    // Altered on its way, or on the store: a second look tells.
+                    let Some(stored) = self.ask(offset, frame.stored) else {
+                        return;
+                    };
+                    raw = self.unpack(&frame, &stored);
+                }
+                offset += frame.stored;
                 let unpacked = Unpacked {
                     start,
                     length: frame.raw,
-                    bytes: self.unpack(&frame, &stored),
+                    bytes: raw,
                 };
                 if frames.send(unpacked).is_err() {
                     return;
                 }
             }
         }
+    }
+
+    /// Fetches a frame once more; `None` where that failed, which the other half says.
+    fn ask(&self, offset: u64, length: u64) -> Option<Bytes> {
+        let (bytes, answer) = oneshot::channel();
+        let again = Again {
+            offset,
+            length,
+            bytes,
+        };
+        self.again.blocking_send(again).ok()?;
+        answer.blocking_recv().ok()
     }
 
     /// A frame's raw bytes, if it is what its row says.

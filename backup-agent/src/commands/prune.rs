@@ -23,7 +23,8 @@ use crate::{
         retention::{self, Verdict, YOUNG},
     },
     state::State,
-    store::Store,
+    store::{Store, StoreError},
+    tree::swap,
 };
 
 /// Removes what the policy does not keep, or says what it would remove.
@@ -78,7 +79,12 @@ pub async fn run(config: &Config, store: &dyn Store, is_dry_run: bool) -> Result
     if !is_dry_run {
         let keys = unnamed.iter().map(|layer| record::layer_key(layer));
         remove(store, keys.collect()).await?;
-        sweep(store, now).await;
+        let local = state.sweep().and_then(|files| {
+            let is_tree = swap::sweep(&config.root)?;
+            Ok(files + u64::from(is_tree))
+        });
+        report(local.map_err(StoreError::from));
+        report(store.sweep(now - YOUNG).await);
     }
 
     let sizes: HashMap<&str, u64> = records
@@ -135,9 +141,9 @@ async fn remove(store: &dyn Store, keys: Vec<String>) -> Result<(), Error> {
         .await
 }
 
-/// What writers that died left is no part of any snapshot, so a failure here is none of the whole.
-async fn sweep(store: &dyn Store, now: Timestamp) {
-    match store.sweep(now - YOUNG).await {
+/// What runs that died left, on the disk or on the store, is no part of any snapshot, so a failure here is none of the whole.
+fn report(swept: Result<u64, StoreError>) {
+    match swept {
         Ok(0) => {}
         Ok(count) => log::info("leftovers removed", &[("count", count.into())]),
         Err(error) => log::warn(

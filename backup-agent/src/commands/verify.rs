@@ -23,7 +23,7 @@ use crate::{
         record::{self, Layer, Record, layer_key},
     },
     state::State,
-    store::{Store, StoreError},
+    store::{Store, StoreError, twice},
 };
 
 /// Paths that are named for each snapshot; the rest is counted.
@@ -120,7 +120,7 @@ async fn check(
 ) -> Result<Checked, Error> {
     log::debug("checking a layer", &[("layer", layer.id.clone().into())]);
     let mut checked = Checked::default();
-    checked.note(check_footer(store, layer).await)?;
+    checked.note(twice(|| check_footer(store, layer)).await)?;
     let index = LayerIndex::fetch(store, layer, state.nameless()?).await;
     let Some(index) = checked.note(index)? else {
         return Ok(checked);

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     error::Error,
     snapshot::{record::FORMAT, sealed},
-    store::{Store, StoreError},
+    store::{Store, StoreError, twice},
 };
 
 /// Key of the head below the instance.
@@ -43,6 +43,10 @@ pub enum Swap {
 
 /// Reads the head; `None` when the store has none.
 pub async fn read(store: &dyn Store) -> Result<Option<Seen>, Error> {
+    twice(|| read_once(store)).await
+}
+
+async fn read_once(store: &dyn Store) -> Result<Option<Seen>, Error> {
     match store.get(KEY).await {
         Ok((bytes, etag)) => {
             let head: Head = sealed::open(KEY, &bytes)?;
@@ -61,14 +65,24 @@ pub async fn read(store: &dyn Store) -> Result<Option<Seen>, Error> {
 
 /// Moves the head, if it still is what was seen (`None`: if there is none).
 pub async fn swap(store: &dyn Store, seen: Option<&Seen>, next: &Head) -> Result<Swap, Error> {
-    let expected = seen.map(|seen| seen.etag.as_str());
-    match store.put_if(KEY, sealed::seal(next), expected).await {
-        Ok(etag) => Ok(Swap::Moved(etag)),
+    let bytes = sealed::seal(next);
+    let mut expected = seen.map(|seen| seen.etag.clone());
+    let mut is_first = true;
+    loop {
+        match store.put_if(KEY, bytes.clone(), expected.as_deref()).await {
+            Ok(etag) => return Ok(Swap::Moved(etag)),
+            Err(StoreError::Conflict) => {}
+            Err(error) => return Err(Error::store("write", KEY)(error)),
+        }
         // Our own write may have taken effect while its answer was lost: look before judging.
-        Err(StoreError::Conflict) => Ok(match read(store).await? {
-            Some(now) if now.head == *next => Swap::Moved(now.etag),
-            now => Swap::Lost(now),
-        }),
-        Err(error) => Err(Error::store("write", KEY)(error)),
+        match read(store).await? {
+            Some(now) if now.head == *next => return Ok(Swap::Moved(now.etag)),
+            // Nobody moved it: what came wrong is its tag.
+            Some(now) if is_first && seen.is_some_and(|seen| seen.head == now.head) => {
+                expected = Some(now.etag);
+                is_first = false;
+            }
+            now => return Ok(Swap::Lost(now)),
+        }
     }
 }

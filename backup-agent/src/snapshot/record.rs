@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     error::Error,
     snapshot::{id, sealed},
-    store::{Store, StoreError},
+    store::{Store, StoreError, twice},
 };
 
 /// Version of the layout of records, heads and layers that this code reads and writes.
@@ -96,6 +96,10 @@ pub fn layer_key(layer: &str) -> String {
 
 /// Reads one record.
 pub async fn read(store: &dyn Store, snapshot: &str) -> Result<Record, Error> {
+    twice(|| read_once(store, snapshot)).await
+}
+
+async fn read_once(store: &dyn Store, snapshot: &str) -> Result<Record, Error> {
     let key = key(snapshot);
     let (bytes, _) = store.get(&key).await.map_err(|error| match error {
         StoreError::NotFound => Error::UnknownSnapshot {

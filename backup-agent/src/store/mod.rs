@@ -8,6 +8,8 @@ mod http;
 mod retry;
 mod s3;
 
+pub use self::retry::twice;
+
 use std::{io, pin::Pin, sync::Arc, time::Duration};
 
 use hyper::body::Bytes;
@@ -78,7 +80,8 @@ pub trait Store {
     /// Removes an object; one that is not there is removed already.
     fn delete<'a>(&'a self, key: &'a str) -> Pending<'a, ()>;
 
-    /// Removes what writers that died before then left: probes, and files under way. Gives their number.
+    /// Removes what writers that died before then left: probes, files under way, and open uploads in parts. Gives their
+    /// number.
     fn sweep(&self, before: Timestamp) -> Pending<'_, u64>;
 
     /// Lets go of what interrupted uploads hold on the store.
@@ -133,6 +136,8 @@ impl StoreError {
                     // Two conditional writes met inside of the service: ours was not judged.
                     || (*status == 409 && code == "ConditionalRequestConflict")
                     || code == "RequestTimeout"
+                    // The body was altered on its way, and Content-MD5 said so.
+                    || code == "BadDigest"
             }
             Self::Transport { .. } | Self::Stalled { .. } | Self::Protocol(_) => true,
             Self::NotFound | Self::TooShort | Self::Conflict | Self::Abandoned | Self::Io(_) => {

@@ -5,7 +5,7 @@ use std::time::Duration;
 use tokio::time::{Instant, sleep};
 
 use super::StoreError;
-use crate::log;
+use crate::{error::Error, log};
 
 /// Attempts in all. With the delays below, a store that is down is given up after about 15 s, well within every bound.
 const ATTEMPTS: u32 = 8;
@@ -49,6 +49,21 @@ where
             ],
         );
         sleep(delay).await;
+    }
+}
+
+/// Fetches and judges a second time what the first time was damaged: bytes that were altered on their way are not what the
+/// store has.
+pub async fn twice<T>(mut fetch: impl AsyncFnMut() -> Result<T, Error>) -> Result<T, Error> {
+    match fetch().await {
+        Err(Error::Damaged { key, reason }) => {
+            log::debug(
+                "fetching once more",
+                &[("key", key.into()), ("reason", reason.into())],
+            );
+            fetch().await
+        }
+        other => other,
     }
 }
 

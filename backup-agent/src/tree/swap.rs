@@ -40,14 +40,7 @@ impl Staging {
     pub fn new(root: &Path, identity: Option<Identity>) -> Result<Self, Error> {
         let parent = root.parent().unwrap_or(Path::new("/"));
         fs::create_dir_all(parent).map_err(Error::local("make", parent))?;
-        let path = if is_mount_point(root, parent) {
-            root.join(INSIDE)
-        } else {
-            let mut name = std::ffi::OsString::from(".");
-            name.push(root.file_name().unwrap_or_default());
-            name.push(INSIDE);
-            parent.join(name)
-        };
+        let path = place(root, parent);
         remove(&path).map_err(Error::local("remove", &path))?;
         DirBuilder::new()
             .mode(0o700)
@@ -151,6 +144,24 @@ impl Drop for Staging {
         const TRIES: u32 = 10;
         let _ = (0..TRIES).any(|_| remove(&self.path).is_ok());
     }
+}
+
+/// Where the new tree of this root grows.
+fn place(root: &Path, parent: &Path) -> PathBuf {
+    if is_mount_point(root, parent) {
+        return root.join(INSIDE);
+    }
+    let mut name = std::ffi::OsString::from(".");
+    name.push(root.file_name().unwrap_or_default());
+    name.push(INSIDE);
+    parent.join(name)
+}
+
+/// Removes what a restore that was killed left beside the root: the new tree in part, or the old one. Whether there was any.
+pub fn sweep(root: &Path) -> io::Result<bool> {
+    let path = place(root, root.parent().unwrap_or(Path::new("/")));
+    let is_there = fs::symlink_metadata(&path).is_ok();
+    remove(&path).map(|()| is_there)
 }
 
 fn is_mount_point(root: &Path, parent: &Path) -> bool {

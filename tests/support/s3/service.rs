@@ -7,7 +7,10 @@ use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
 use md5::{Digest as _, Md5};
 
-use super::{Answer, BUCKET, Incoming, Inner, Kind, Object, Shared};
+use jiff::Timestamp;
+
+use super::wire::{About, Answer, Incoming};
+use super::{BUCKET, Inner, Kind, Object, Shared, Upload};
 use crate::signature::{self, Signed};
 use crate::tree::hex;
 
@@ -15,7 +18,8 @@ use crate::tree::hex;
 const SMALLEST_PART: usize = 5 << 20;
 
 /// Checks a request and does what it asks for.
-pub fn judge(shared: &Shared, incoming: &Incoming, bucket: &str, key: &str, kind: Kind) -> Answer {
+pub fn judge(shared: &Shared, incoming: &Incoming, about: &About) -> Answer {
+    let (key, kind) = (about.key.as_str(), about.kind);
     let signed = Signed {
         method: &incoming.method,
         path: &incoming.path,
@@ -28,7 +32,7 @@ pub fn judge(shared: &Shared, incoming: &Incoming, bucket: &str, key: &str, kind
         inner.complaints.push(format!("{kind:?} {key}: {reason}"));
         return Answer::refusal(403, "SignatureDoesNotMatch");
     }
-    if bucket != BUCKET || inner.has_no_bucket {
+    if about.bucket != BUCKET || inner.has_no_bucket {
         return Answer::refusal(404, "NoSuchBucket");
     }
     if !incoming.body.is_empty() && kind != Kind::Complete {
@@ -48,6 +52,7 @@ pub fn judge(shared: &Shared, incoming: &Incoming, bucket: &str, key: &str, kind
             Answer::new(204, "")
         }
         Kind::List => list(&inner, incoming),
+        Kind::ListUploads => list_uploads(&inner, incoming),
         Kind::Create | Kind::Part | Kind::Complete | Kind::Abort => {
             multipart(&mut inner, incoming, key, kind)
         }
@@ -144,14 +149,37 @@ fn list(inner: &Inner, incoming: &Incoming) -> Answer {
     Answer::new(200, xml)
 }
 
+fn list_uploads(inner: &Inner, incoming: &Incoming) -> Answer {
+    let prefix = incoming.parameter("prefix").unwrap_or_default();
+    let mut xml = format!(
+        "<ListMultipartUploadsResult xmlns=\"http://s3.amazonaws.com/doc/2006-03-01/\"><Bucket>{BUCKET}</Bucket>\
+         <Prefix>{prefix}</Prefix><IsTruncated>false</IsTruncated>"
+    );
+    for (id, upload) in &inner.uploads {
+        if upload.object.starts_with(&prefix) {
+            write!(
+                xml,
+                "<Upload><Key>{}</Key><UploadId>{id}</UploadId><Initiated>{:.3}</Initiated></Upload>",
+                upload.object, upload.begun
+            )
+            .expect("a string takes everything");
+        }
+    }
+    xml.push_str("</ListMultipartUploadsResult>");
+    Answer::new(200, xml)
+}
+
 fn multipart(inner: &mut Inner, incoming: &Incoming, key: &str, kind: Kind) -> Answer {
     let id = incoming.parameter("uploadId").unwrap_or_default();
     if kind == Kind::Create {
         inner.next_upload += 1;
         let id = format!("upload-{}", inner.next_upload);
-        inner
-            .uploads
-            .insert(id.clone(), (key.to_owned(), BTreeMap::new()));
+        let upload = Upload {
+            object: key.to_owned(),
+            begun: Timestamp::now(),
+            parts: BTreeMap::new(),
+        };
+        inner.uploads.insert(id.clone(), upload);
         return Answer::new(
             200,
             format!(
@@ -160,11 +188,8 @@ fn multipart(inner: &mut Inner, incoming: &Incoming, key: &str, kind: Kind) -> A
             ),
         );
     }
-    let Some((_, parts)) = inner
-        .uploads
-        .get_mut(&id)
-        .filter(|(object, _)| object == key)
-    else {
+    let upload = inner.uploads.get_mut(&id);
+    let Some(Upload { parts, .. }) = upload.filter(|upload| upload.object == key) else {
         return Answer::refusal(404, "NoSuchUpload");
     };
     match kind {

@@ -2,6 +2,7 @@
 //! no address is ever logged or put into an error.
 
 mod remote;
+mod uploads;
 
 use std::{
     sync::{Arc, Mutex},
@@ -10,10 +11,7 @@ use std::{
 
 use hyper::{HeaderMap, Method, StatusCode, body::Bytes};
 use jiff::Timestamp;
-use rusty_s3::{
-    Bucket, Credentials, S3Action, UrlStyle,
-    actions::{AbortMultipartUpload, ListObjectsV2},
-};
+use rusty_s3::{Bucket, Credentials, S3Action, UrlStyle, actions::ListObjectsV2};
 use tokio::{sync::mpsc, task::JoinSet};
 
 use self::remote::{ANSWER, EXPIRY, Remote, deadline, entity_tag, header_value, whole_size};
@@ -315,6 +313,22 @@ impl Store for S3 {
                     removed += 1;
                 }
             }
+            for upload in uploads::list(&self.remote, &self.prefix).await? {
+                if upload.is_older(before) {
+                    let action = |remote: &Remote| {
+                        let address = uploads::abort(remote, &upload.object, &upload.id);
+                        (address, HeaderMap::new())
+                    };
+                    let aborted = self
+                        .remote
+                        .send(Method::DELETE, action, Bytes::new(), ANSWER)
+                        .await;
+                    match aborted {
+                        Ok(_) | Err(StoreError::NotFound) => removed += 1,
+                        Err(error) => return Err(error),
+                    }
+                }
+            }
             Ok(removed)
         })
     }
@@ -327,11 +341,10 @@ impl Store for S3 {
             };
             for (object, upload_id) in open {
                 let action = |remote: &Remote| {
-                    let (bucket, credentials) = (&remote.bucket, Some(&remote.credentials));
-                    let abort = AbortMultipartUpload::new(bucket, credentials, &object, &upload_id);
-                    (abort.sign(EXPIRY), HeaderMap::new())
+                    let address = uploads::abort(remote, &object, &upload_id);
+                    (address, HeaderMap::new())
                 };
-                // One try: there is no time for more, and the service's lifecycle rule removes the rest.
+                // One try: there is no time for more, and the next prune removes the rest.
                 self.remote
                     .attempt(Method::DELETE, action, Bytes::new(), ANSWER)
                     .await?;

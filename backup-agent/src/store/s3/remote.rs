@@ -8,6 +8,7 @@ use hyper::{
     body::Bytes,
     header::{CONTENT_RANGE, ETAG, HeaderName, HeaderValue, RETRY_AFTER},
 };
+use jiff::{Timestamp, fmt::rfc2822::DateTimeParser};
 use md5::{Digest, Md5};
 use rusty_s3::{Bucket, Credentials, S3Action, actions::CreateMultipartUpload};
 use tokio::time::Instant;
@@ -245,10 +246,21 @@ fn refusal(answer: &Response) -> StoreError {
             retry_after: answer
                 .headers
                 .get(RETRY_AFTER)
-                .and_then(|value| value.to_str().ok()?.parse().ok())
-                .map(Duration::from_secs),
+                .and_then(|value| wish(value.to_str().ok()?)),
         },
     }
+}
+
+/// How long a `Retry-After` says to wait: a number of seconds, or until a date (RFC 9110, section 10.2.3). One that has
+/// passed is no wish.
+fn wish(text: &str) -> Option<Duration> {
+    let wait = if let Ok(seconds) = text.parse() {
+        Duration::from_secs(seconds)
+    } else {
+        let until = DateTimeParser::new().parse_timestamp(text).ok()?;
+        until.duration_since(Timestamp::now()).try_into().ok()?
+    };
+    (!wait.is_zero()).then_some(wait)
 }
 
 #[cfg(test)]
@@ -281,6 +293,18 @@ mod tests {
             refusal(&answer(404, "<Code>NoSuchBucket</Code>")),
             StoreError::Status { status: 404, .. }
         ));
+    }
+
+    #[test]
+    fn a_wish_to_wait_is_a_number_or_a_date() {
+        assert_eq!(wish("7"), Some(Duration::from_secs(7)));
+        assert_eq!(wish("Sun, 06 Nov 1994 08:49:37 GMT"), None);
+        assert_eq!(wish("0"), None);
+        let soon = Timestamp::now() + Duration::from_mins(1);
+        let soon = soon.strftime("%a, %d %b %Y %H:%M:%S GMT").to_string();
+        let wait = wish(&soon).expect("it is a date").as_secs();
+        assert!((50..=60).contains(&wait), "{wait}");
+        assert_eq!(wish("soon"), None);
     }
 
     #[test]
