@@ -67,6 +67,11 @@ impl LayerIndex {
             let reason = format!("expected sha256 {want} of its index, got {got}");
             return Err(damaged(layer, reason));
         }
+        Self::judge(layer, file)
+    }
+
+    /// An index in a file, if its header can be believed.
+    pub fn judge(layer: &Layer, file: File) -> Result<Self, Error> {
         let mut index = Self {
             layer: layer.clone(),
             frames: Vec::new(),
@@ -351,6 +356,36 @@ impl Unpacker {
             Err(damaged(&self.layer, "a frame does not unpack to its size"))
         }
     }
+}
+
+/// Fetches the wanted frames out of an object in memory and unpacks them: what a download does, without threads and store.
+pub fn unpack_all(
+    layer: &Layer,
+    table: &[Frame],
+    wanted: &[bool],
+    object: &[u8],
+) -> Vec<(Frame, Option<Vec<u8>>)> {
+    let mut unpacked = Vec::new();
+    let Ok(decompressor) = Decompressor::new() else {
+        return unpacked;
+    };
+    let (_, spare) = channel();
+    let mut lane = Unpacker {
+        layer: layer.clone(),
+        check: Check::Unpack,
+        decompressor,
+        spare,
+    };
+    for request in plan(table, wanted) {
+        let mut at = usize::try_from(request.offset).unwrap_or(usize::MAX);
+        for (_, frame) in request.frames {
+            let end = at + usize::try_from(frame.stored).unwrap_or(usize::MAX);
+            let raw = lane.unpack(&frame, &object[at..end]).ok();
+            unpacked.push((frame, raw));
+            at = end;
+        }
+    }
+    unpacked
 }
 
 fn has_hash(layer: &Layer, frame: &Frame, stored: &[u8]) -> Result<(), Error> {
