@@ -65,7 +65,7 @@ pub fn main() -> ExitCode {
         Err(error) => {
             let (exit, word) = error.code();
             let mut sentence = Chain(&error).to_string();
-            if let Some(advice) = error.is_refused().then(capabilities::advice).flatten() {
+            if let Some(advice) = error.advice() {
                 sentence = format!("{sentence}; {advice}");
             }
             if json {
