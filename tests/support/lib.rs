@@ -7,6 +7,7 @@ pub mod agent;
 pub mod binaries;
 pub mod device;
 pub mod edge;
+pub mod forge;
 pub mod golden;
 pub mod http;
 pub mod ledger;

@@ -65,6 +65,8 @@ pub fn judge(bytes: &[u8]) -> Result<Head, Error> {
         format!("it has format {format}, this tool reads {FORMAT}")
     } else if head.sequence > LARGEST {
         "it has an absurd sequence".to_owned()
+    } else if head.writer.contains(char::is_control) {
+        "it has control characters".to_owned()
     } else if let Some(id) = head.snapshot.as_deref().filter(|id| !id::is_valid(id)) {
         format!("{id:?} is no snapshot's id")
     } else {

@@ -119,7 +119,7 @@ pub fn judge(snapshot: &str, bytes: &[u8]) -> Result<Record, Error> {
         let format = record.format;
         Some(format!("it has format {format}, this tool reads {FORMAT}"))
     } else if record.id != snapshot {
-        Some(format!("it is the record of {}", record.id))
+        Some(format!("it is the record of {:?}", record.id))
     } else {
         record.lie()
     };
@@ -158,6 +158,10 @@ impl Record {
             totals.stored_bytes,
             totals.skipped,
         ];
+        let words = [&self.time, &self.writer, &self.tool];
+        if words.iter().any(|word| word.contains(char::is_control)) {
+            return Some("it has control characters".to_owned());
+        }
         let is_absurd = numbers.iter().any(|number| *number > LARGEST);
         is_absurd.then(|| "it has an absurd number".to_owned())
     }

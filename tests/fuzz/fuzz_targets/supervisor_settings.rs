@@ -2,20 +2,23 @@
 //! paths.
 
 #![no_main]
-#![allow(dead_code)]
+#![allow(dead_code, unused_imports, unused_macros)]
 
+#[path = "../../../supervisor/src/clock.rs"]
+mod clock;
 #[path = "../../../supervisor/src/config/mod.rs"]
 mod config;
 #[path = "../../../supervisor/src/error.rs"]
 mod error;
 #[path = "../../../supervisor/src/log.rs"]
 mod log;
+#[path = "../../../supervisor/src/gateway/process.rs"]
+mod process;
 #[path = "../../../supervisor/src/secret.rs"]
 mod secret;
 
 mod gateway {
-    #[path = "../../../../../supervisor/src/gateway/process.rs"]
-    pub mod process;
+    pub(crate) use super::process;
 }
 
 libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
