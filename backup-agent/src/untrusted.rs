@@ -119,8 +119,10 @@ pub fn layer_object(bytes: &[u8]) {
             break;
         };
         at += stored;
+        let raw = u64::from(u16::from_le_bytes([row[0], row[1]])) << (row[2] >> 4);
         table.push(Frame {
-            raw: u64::from(u16::from_le_bytes([row[0], row[1]])) << (row[2] >> 4),
+            // A header with more is refused.
+            raw: raw.min(LARGEST as u64),
             stored: stored as u64,
             sha256: hex(&Sha256::digest(bytes)),
         });

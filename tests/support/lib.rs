@@ -13,6 +13,7 @@ pub mod http;
 pub mod ledger;
 pub mod machine;
 pub mod moto;
+pub mod mount;
 pub mod openclaw;
 pub mod past;
 pub mod rclone;

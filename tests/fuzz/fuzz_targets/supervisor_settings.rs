@@ -33,6 +33,10 @@ libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
     if let Ok(config) = config::Config::read(&variables, Vec::new()) {
         let token = config.service_token.expose();
         assert!(token.len() >= 32);
+        if text.matches(token).count() > 1 {
+            // In the place of something that may be shown.
+            return;
+        }
         let shown = |(_, value): &(&str, String)| value.contains(token);
         assert!(!config.effective.iter().any(shown), "a token is shown");
         assert!(!format!("{config:?}").contains(token), "a token is shown");
