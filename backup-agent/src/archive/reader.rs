@@ -57,8 +57,10 @@ impl LayerIndex {
             let length = RANGE.min(layer.index_size - at);
             let bytes = range(store, &key, layer.index_offset + at, length).await?;
             sum.update(&bytes);
-            file.write_all(&bytes)
-                .map_err(Error::local("write", "the index under way"))?;
+            file.write_all(&bytes).map_err(Error::local(
+                "write",
+                "the index under way in RUNTIME_STATE",
+            ))?;
             at += length;
         }
         let got = hex(&sum.finalize());

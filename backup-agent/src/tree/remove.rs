@@ -5,6 +5,7 @@
 
 use std::{
     ffi::{CStr, CString},
+    io::ErrorKind,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     os::unix::ffi::OsStrExt,
     path::{Path, PathBuf},
@@ -30,6 +31,10 @@ const MOST_LOOKS: usize = 1 << 20;
 
 /// Removes whatever is at a path; what is not there is removed already.
 pub fn remove(path: &Path) -> Result<(), Error> {
+    // Asked first: where nothing can be written, the kernel does not say that there is nothing to remove.
+    if matches!(path.symlink_metadata(), Err(error) if error.kind() == ErrorKind::NotFound) {
+        return Ok(());
+    }
     let name = CString::new(path.as_os_str().as_bytes());
     let name = name.map_err(Error::local("remove", path))?;
     if is_gone(AT_FDCWD, &name).map_err(Error::local("remove", path))? {

@@ -208,8 +208,8 @@ pub fn scan(
 }
 
 /// What errors call the two working files.
-const LOG: &str = "the log of what changed";
-const CAPTURED: &str = "the captured files";
+const LOG: &str = "the log of what changed in RUNTIME_STATE";
+const CAPTURED: &str = "the captured files in RUNTIME_STATE";
 
 struct Scan {
     racy: Racy,
