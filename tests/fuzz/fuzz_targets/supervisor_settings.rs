@@ -21,24 +21,26 @@ mod gateway {
     pub(crate) use super::process;
 }
 
+/// Nothing else may look like it: whatever is made up could be shown in another place.
+const TOKEN: &str = "a-token-of-the-fuzz-target-itself";
+
 libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
     let text = String::from_utf8_lossy(bytes);
-    let variables: config::Variables = text
+    let mut variables: config::Variables = text
         .lines()
         .filter_map(|line| line.split_once('='))
         // Whatever file somebody made up is not read.
         .filter(|(name, value)| !name.ends_with("_FILE") && !value.contains('\0'))
+        .filter(|(name, _)| *name != "RUNTIME_SERVICE_TOKEN")
         .map(|(name, value)| (name.into(), value.into()))
         .collect();
+    if text.contains(TOKEN) {
+        return;
+    }
+    variables.push(("RUNTIME_SERVICE_TOKEN".into(), TOKEN.into()));
     if let Ok(config) = config::Config::read(&variables, Vec::new()) {
-        let token = config.service_token.expose();
-        assert!(token.len() >= 32);
-        if text.matches(token).count() > 1 {
-            // In the place of something that may be shown.
-            return;
-        }
-        let shown = |(_, value): &(&str, String)| value.contains(token);
+        let shown = |(_, value): &(&str, String)| value.contains(TOKEN);
         assert!(!config.effective.iter().any(shown), "a token is shown");
-        assert!(!format!("{config:?}").contains(token), "a token is shown");
+        assert!(!format!("{config:?}").contains(TOKEN), "a token is shown");
     }
 });
