@@ -60,13 +60,14 @@ impl Staging {
             parent.join(name)
         };
         remove(&work)?;
-        let make = |path: &Path| {
-            let made = DirBuilder::new().mode(0o700).create(path);
+        let make = |path: &Path, mode| {
+            let made = DirBuilder::new().mode(mode).create(path);
             made.map_err(Error::local("make", path))
         };
-        make(&work)?;
+        // Root's, and no more than a way for the owner of what is in it.
+        make(&work, 0o711)?;
         let path = work.join("new");
-        make(&path)?;
+        make(&path, 0o700)?;
         let fd = open(&path, DIRECTORY, Mode::empty()).map_err(Error::local("open", &path))?;
         if let Some(identity) = identity {
             // Inside of the root its owner could have swapped the directory for another between the calls above.
