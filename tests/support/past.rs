@@ -73,7 +73,7 @@ pub fn put_record(place: &Place, id: &str, layers: &[&str]) {
     };
     let record = serde_json::json!({
         "format": 1, "id": id, "parent": null, "sequence": 1, "time": "2026-01-01T00:00:00.000Z", "writer": boot_id('f'),
-        "tool": "0.1.0", "consistency": "instant", "fork": true,
+        "tool": "0.1.0", "consistency": "instant", "rounds": 1, "pauseMs": null, "fork": true,
         "totals": { "entries": 1, "files": 0, "bytes": 0, "storedBytes": 1000, "skipped": 0 },
         "layers": layers.iter().map(layer).collect::<Vec<_>>(),
     });
