@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help run test lint advisories release bench bench-backup bench-edge image e2e worker deploy clean
+.PHONY: help run test fuzz lint advisories release bench bench-backup bench-edge image e2e worker deploy clean
 
 # Static binaries: they run in any image. On another machine's architecture this needs a cross compiler for C.
 TARGET ?= $(patsubst arm64,aarch64,$(shell uname -m))-unknown-linux-musl
@@ -12,6 +12,10 @@ CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/openclaw-runtime
 # Newer versions may judge differently: the verdict on a commit must not depend on the day.
 DENY_VERSION := 0.20.2
 DENY := $(CACHE)/cargo-deny-$(DENY_VERSION)/bin/cargo-deny
+
+# Another version may take other flags from a stable compiler.
+FUZZ_VERSION := 0.13.1
+FUZZ := $(CACHE)/cargo-fuzz-$(FUZZ_VERSION)/bin/cargo-fuzz
 
 # npm's own record of what it installed; older than the lock means install again.
 WORKER := worker/node_modules/.package-lock.json
@@ -40,13 +44,16 @@ test: $(WORKER) ## Run all tests: the real binaries, the real gateway, a real S3
 	$(call need,command -v zstd,zstd)
 	@exec tests/run.sh
 
+fuzz: $(FUZZ) ## Run each fuzz target for FUZZ_SECONDS (60), two at a time, on readers of what others may have written
+	@PATH="$(dir $(FUZZ)):$$PATH" exec tests/fuzz/run.sh
+
 lint: $(DENY) $(WORKER) ## Check format, clippy, types, shell scripts, and dependencies (bans, licences, sources)
 	cargo fmt --all --check
 	cargo clippy --locked --workspace --all-targets -- -D warnings
 	@# `--all-targets` leaves out what a plain `cargo test` does not run.
 	cargo clippy --locked -p e2e --test edge -- -D warnings
 	$(call need,command -v shellcheck,shellcheck)
-	shellcheck gateway/*.sh tests/*.sh worker/*.sh .ci/run
+	shellcheck gateway/*.sh tests/*.sh tests/fuzz/*.sh worker/*.sh .ci/run
 	@export $(WORKER_ENV); set -x; tsc --noEmit -p worker
 	@export $(WORKER_ENV); set -x; prettier --config worker/.prettierrc.json --check wrangler.jsonc worker/src worker/test 'worker/*.ts'
 	$(DENY) --locked check bans licenses sources
@@ -100,3 +107,6 @@ $(WORKER): worker/package.json worker/package-lock.json
 
 $(DENY):
 	cargo install cargo-deny --version $(DENY_VERSION) --locked --debug --root $(dir $(@D))
+
+$(FUZZ):
+	cargo install cargo-fuzz --version $(FUZZ_VERSION) --locked --debug --root $(dir $(@D))

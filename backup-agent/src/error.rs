@@ -2,7 +2,10 @@
 
 use std::{fmt, io, path::PathBuf, time::Duration};
 
-use crate::store::StoreError;
+use crate::{capabilities, store::StoreError};
+
+/// What stops even a root that has all of its capabilities.
+const IMMUTABLE: &str = "it may be immutable: see lsattr";
 
 /// Why a command failed.
 #[derive(Debug, thiserror::Error)]
@@ -86,10 +89,31 @@ impl Error {
         }
     }
 
-    /// The kernel refused, as it does to a root without its capabilities.
-    pub fn is_refused(&self) -> bool {
-        matches!(self, Self::Local { source, .. } if source.kind() == io::ErrorKind::PermissionDenied)
-            && nix::unistd::geteuid().is_root()
+    /// What to do about it, where that is known.
+    pub fn advice(&self) -> Option<String> {
+        use io::ErrorKind as Kind;
+
+        let (Self::Local { source, .. }
+        | Self::Store {
+            source: StoreError::Io(source),
+            ..
+        }) = self
+        else {
+            return None;
+        };
+        let advice = match source.kind() {
+            Kind::StorageFull | Kind::QuotaExceeded => {
+                "make room on that file system, then run it again; nothing was lost"
+            }
+            Kind::ReadOnlyFilesystem => "that file system is mounted read-only",
+            Kind::ResourceBusy => "it is in use or a mount point: unmount it first",
+            Kind::PermissionDenied if nix::unistd::geteuid().is_root() => {
+                let is_immutable = source.raw_os_error() == Some(nix::libc::EPERM);
+                return capabilities::advice().or_else(|| is_immutable.then(|| IMMUTABLE.into()));
+            }
+            _ => return None,
+        };
+        Some(advice.to_owned())
     }
 
     /// The exit code and the word that names it in JSON.

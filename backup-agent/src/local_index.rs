@@ -59,21 +59,25 @@ impl LocalIndex {
                 index.line(&line)?;
                 Ok(Self(index))
             })
-            .map_err(Error::local("write", "the index under way"))
+            .map_err(Error::local(
+                "write",
+                "the index under way in RUNTIME_STATE",
+            ))
     }
 
     pub fn entry(&mut self, entry: &Entry) -> Result<(), Error> {
-        self.0
-            .entry(entry)
-            .map_err(Error::local("write", "the index under way"))
+        self.0.entry(entry).map_err(Error::local(
+            "write",
+            "the index under way in RUNTIME_STATE",
+        ))
     }
 
     /// Ends it. It is not synced: what a power cut leaves of it fails its checksum, and it is made again from the layers.
     pub fn finish(self) -> Result<(), Error> {
-        self.0
-            .finish()
-            .map(drop)
-            .map_err(Error::local("write", "the index under way"))
+        self.0.finish().map(drop).map_err(Error::local(
+            "write",
+            "the index under way in RUNTIME_STATE",
+        ))
     }
 }
 

@@ -375,15 +375,15 @@ impl Running {
 
     /// Peak of its resident memory so far, in KiB.
     pub fn peak_memory(&self) -> u64 {
-        let status = fs::read_to_string(format!("/proc/{}/status", self.pid())).expect("it runs");
-        let line = status
-            .lines()
-            .find_map(|line| line.strip_prefix("VmHWM:"))
-            .expect("the kernel counts it");
-        line.trim()
-            .trim_end_matches(" kB")
-            .parse()
-            .expect("it is a number")
+        self.peak_memory_if_there().expect("it runs")
+    }
+
+    /// Likewise, of one that may have ended.
+    pub fn peak_memory_if_there(&self) -> Option<u64> {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.pid())).ok()?;
+        let mut lines = status.lines();
+        let line = lines.find_map(|line| line.strip_prefix("VmHWM:"))?;
+        line.trim().trim_end_matches(" kB").parse().ok()
     }
 
     pub fn wait(mut self) -> Outcome {

@@ -8,12 +8,7 @@ use jiff::{SignedDuration, Timestamp, tz::TimeZone};
 use serde_json::Value;
 
 use crate::agent::{Place, boot_id};
-use crate::tree::sha256_hex;
-
-/// In front of the content of a skippable frame: magic and length.
-const FRAME: usize = 8;
-/// The whole frame of the footer at the end of a layer.
-const FOOTER: usize = 72;
+use crate::forge;
 
 /// An id of so long ago, negative for the future.
 pub fn id(age: SignedDuration, suffix: &str) -> String {
@@ -48,17 +43,14 @@ pub fn set_back(place: &Place, snapshots: &[(String, Duration)]) -> Vec<String> 
             let mut record: Value = serde_json::from_slice(bytes).expect("a record is JSON");
             let named = record["layers"].as_array_mut().expect("it is a list");
             for layer in named {
-                let key = format!(
-                    "layers/{}.tar.zst",
-                    layer["id"].as_str().expect("it has one")
-                );
+                let key = forge::key(layer);
                 let bytes = with_index_renamed(&objects[&key], layer, &ids);
                 moved.insert(renamed(&key, &ids), bytes);
             }
-            moved.insert(renamed(key, &ids), seal(record, &ids));
+            moved.insert(renamed(key, &ids), seal(&record, &ids));
         } else if key == "head.json" {
-            let head = serde_json::from_slice(bytes).expect("a head is JSON");
-            moved.insert(key.clone(), seal(head, &ids));
+            let head: Value = serde_json::from_slice(bytes).expect("a head is JSON");
+            moved.insert(key.clone(), seal(&head, &ids));
         } else if !key.starts_with("layers/") {
             moved.insert(key.clone(), bytes.clone());
         }
@@ -85,10 +77,7 @@ pub fn put_record(place: &Place, id: &str, layers: &[&str]) {
         "totals": { "entries": 1, "files": 0, "bytes": 0, "storedBytes": 1000, "skipped": 0 },
         "layers": layers.iter().map(layer).collect::<Vec<_>>(),
     });
-    place.put(
-        &format!("snapshots/{id}.json"),
-        &seal(record, &HashMap::new()),
-    );
+    place.put(&format!("snapshots/{id}.json"), &forge::seal(record));
 }
 
 /// Layers that the record of a snapshot names.
@@ -105,49 +94,16 @@ fn renamed(text: &str, ids: &HashMap<String, String>) -> String {
         .fold(text.to_owned(), |text, (old, new)| text.replace(old, new))
 }
 
-/// The object with its checksum, as its last member.
-fn seal(mut object: Value, ids: &HashMap<String, String>) -> Vec<u8> {
-    let members = object.as_object_mut().expect("it is an object");
-    members.remove("sha256");
-    let text = renamed(&object.to_string(), ids);
-    let body = text.strip_suffix('}').expect("an object ends so");
-    format!("{body},\"sha256\":\"{}\"}}\n", sha256_hex(body.as_bytes())).into_bytes()
+/// The object under its new ids.
+fn seal(object: &Value, ids: &HashMap<String, String>) -> Vec<u8> {
+    let object = serde_json::from_str(&renamed(&object.to_string(), ids));
+    forge::seal(object.expect("ids are replaced by ids"))
 }
 
 /// The layer with other ids in its index, whose new place and checksums go into the record's word on it.
 fn with_index_renamed(layer: &[u8], word: &mut Value, ids: &HashMap<String, String>) -> Vec<u8> {
-    let number = |name: &str| {
-        let number = word[name].as_u64().expect("it is a number");
-        usize::try_from(number).expect("layers of tests are small")
-    };
-    let (offset, size) = (number("indexOffset"), number("indexSize"));
-    let text = zstd::decode_all(&layer[offset..offset + size]).expect("an index unpacks");
-    let text = String::from_utf8(text).expect("an index is JSON");
-    let index = zstd::encode_all(renamed(&text, ids).as_bytes(), 1).expect("an index packs");
-    let footer = &layer[offset + size..];
-    assert_eq!(footer.len(), FOOTER, "the footer follows the index");
-    let length = index.len() as u64;
-    let mut bytes = layer[..offset - FRAME / 2].to_vec();
-    bytes.extend(&length.to_le_bytes()[..FRAME / 2]);
-    bytes.extend(&index);
-    // Frame header, name and offset stay; then come length, length of the stream, and digest.
-    bytes.extend(&footer[..24]);
-    bytes.extend(length.to_le_bytes());
-    bytes.extend(&footer[32..40]);
-    bytes.extend(digest(&index));
-    word["indexSize"] = length.into();
-    word["indexSha256"] = sha256_hex(&index).into();
-    word["size"] = bytes.len().into();
-    word["sha256"] = sha256_hex(&bytes).into();
-    bytes
-}
-
-fn digest(bytes: &[u8]) -> Vec<u8> {
-    let hex = sha256_hex(bytes).into_bytes();
-    let pairs = hex.chunks(2);
-    let byte = |pair: &[u8]| {
-        let pair = std::str::from_utf8(pair).expect("hexadecimal is text");
-        u8::from_str_radix(pair, 16).expect("it is hexadecimal")
-    };
-    pairs.map(byte).collect()
+    let mut layer = forge::Layer::open(layer, word);
+    let text = renamed(&layer.text(), ids);
+    layer.pack(&text);
+    layer.seal(word)
 }

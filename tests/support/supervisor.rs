@@ -51,6 +51,22 @@ impl Default for Setup {
 impl Setup {
     /// An empty store, a gateway that behaves, and short waits.
     pub fn new() -> Self {
+        let setup = Self::of("fake-agent");
+        setup.agent("restore", &failure(10, "no_snapshot"));
+        setup.agent("backup", &snapshot("snapshot-1"));
+        setup.agent(
+            "prune",
+            &json!([{ "exit": 0, "answer": { "removed": [], "bytesFreed": 0 } }]),
+        );
+        setup
+    }
+
+    /// The same with the real agent; the store is to be set.
+    pub fn with_agent() -> Self {
+        Self::of("backup-agent")
+    }
+
+    fn of(agent: &str) -> Self {
         let folder = tempfile::Builder::new()
             .prefix("e2e-")
             .tempdir()
@@ -63,7 +79,7 @@ impl Setup {
         let programs = folder.path().join("bin");
         fs::create_dir(&programs).expect("can make a folder");
         place(&binary("supervisor"), &programs.join("supervisor"));
-        place(&binary("fake-agent"), &programs.join("backup-agent"));
+        place(&binary(agent), &programs.join("backup-agent"));
         place(&binary("fake-gateway"), &fake.join("fake-gateway"));
         let gateway = free_address();
         let settings = [
@@ -89,12 +105,6 @@ impl Setup {
                 .to_vec(),
             command: None,
         };
-        setup.agent("restore", &failure(10, "no_snapshot"));
-        setup.agent("backup", &snapshot("snapshot-1"));
-        setup.agent(
-            "prune",
-            &json!([{ "exit": 0, "answer": { "removed": [], "bytesFreed": 0 } }]),
-        );
         setup.behave(&json!({}));
         setup.devices(&json!({ "pending": [], "paired": [] }));
         setup
@@ -149,7 +159,24 @@ impl Setup {
     }
 
     pub fn root(&self) -> PathBuf {
-        self.folder.path().join("root")
+        self.setting("RUNTIME_ROOT")
+    }
+
+    /// The same disk for another boot: root and state of this one.
+    #[must_use]
+    pub fn on_the_disk_of(self, other: &Self) -> Self {
+        ["RUNTIME_ROOT", "RUNTIME_STATE"]
+            .into_iter()
+            .fold(self, |setup, name| {
+                let value = other.setting(name).display().to_string();
+                setup.with(name, &value)
+            })
+    }
+
+    fn setting(&self, name: &str) -> PathBuf {
+        let mut settings = self.settings.iter();
+        let found = settings.find(|(known, _)| known == name);
+        PathBuf::from(&found.expect("it is always set").1)
     }
 
     /// Lets an agent that waits at this gate go on.

@@ -7,6 +7,12 @@ use serde::{Deserialize, Serialize};
 
 use crate::snapshot::id::hex;
 
+/// Longest path (`PATH_MAX`): no program can open a longer one by its name. Each line of an index has a whole path, so
+/// without a bound a deep tree would cost the square of its depth.
+pub const LONGEST_PATH: usize = 4096;
+/// Longest name of a component (`NAME_MAX`).
+pub const LONGEST_NAME: usize = 255;
+
 /// What a path is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -283,6 +289,8 @@ impl Entry {
         let mut path = decode(line.path, line.path64)?.ok_or("a line has no path")?;
         if path == ROOT.as_bytes() {
             path.clear();
+        } else if !is_possible(&path) {
+            return Err(format!("{}: the name cannot be a file's", display(&path)));
         }
         let xattrs =
             line.xattrs
@@ -291,6 +299,15 @@ impl Entry {
                     Ok(value) => Ok((name, value)),
                     Err(_) => Err(format!("the value of {name} is not base64")),
                 });
+        let target = decode(line.link, line.link64)?;
+        let leads_on =
+            |target: &Vec<u8>| (1..LONGEST_PATH).contains(&target.len()) && !target.contains(&0);
+        if line.kind == Kind::Symlink && !target.as_ref().is_some_and(leads_on) {
+            return Err(format!(
+                "{}: the link has no possible target",
+                display(&path)
+            ));
+        }
         let missing = || "a line has no mode, owner or time".to_owned();
         let status = if line.kind == Kind::Deleted {
             None
@@ -308,7 +325,7 @@ impl Entry {
             gid,
             mtime,
             size: line.size,
-            link: decode(line.link, line.link64)?,
+            link: target,
             sha256: line.sha256.map(Cow::into_owned),
             extents: line.extents.into_owned(),
             xattrs: xattrs.collect::<Result<_, _>>()?,
@@ -321,6 +338,14 @@ impl Entry {
     pub fn display(&self) -> String {
         display(&self.path)
     }
+}
+
+/// Whether a tree can have this path: each component a name, none of which leads anywhere else.
+fn is_possible(path: &[u8]) -> bool {
+    let is_name = |name: &[u8]| {
+        !matches!(name, b"" | b"." | b"..") && name.len() <= LONGEST_NAME && !name.contains(&0)
+    };
+    path.len() <= LONGEST_PATH && path.split(|byte| *byte == b'/').all(is_name)
 }
 
 /// A path for people: control characters and what is not UTF-8 are escaped, so that a name cannot play tricks on a terminal.
@@ -424,6 +449,32 @@ mod tests {
         );
         let bare = Entry::from_line(br#"{"path":"there","type":"dir","mode":448}"#);
         assert!(bare.is_err(), "{bare:?}");
+    }
+
+    #[test]
+    fn what_can_be_no_path_is_refused_whoever_wrote_it() {
+        let name = "n".repeat(LONGEST_NAME + 1);
+        let path = "n/".repeat(LONGEST_PATH / 2) + "n";
+        let paths = [
+            "/etc", "a/", "a//b", "a/./b", "a/../b", "..", "a\0", &name, &path,
+        ];
+        for path in paths {
+            for line in [
+                line(&entry(path.as_bytes())),
+                line(&Entry::deleted(path.into())),
+            ] {
+                let read = Entry::from_line(&line);
+                assert!(read.is_err(), "{path:?} reads as {read:?}");
+            }
+        }
+        let mut entry = entry(&path.as_bytes()[2..]);
+        assert_eq!(Entry::from_line(&line(&entry)), Ok(entry.clone()));
+        entry.kind = Kind::Symlink;
+        let target = "n".repeat(LONGEST_PATH);
+        for target in [None, Some(""), Some("a\0b"), Some(&target)] {
+            entry.link = target.map(Into::into);
+            assert!(Entry::from_line(&line(&entry)).is_err(), "{target:?}");
+        }
     }
 
     #[test]

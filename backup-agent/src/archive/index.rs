@@ -20,6 +20,9 @@ const LONGEST_LINE: u64 = 16 << 20;
 const LEVEL: i32 = 3;
 /// As a power of two, the bytes that a reader has to hold for each index. Many are read at once, so it is a small one.
 const WINDOW: u32 = 18;
+/// The window that a reader holds at most; without a bound, whoever wrote an index could ask for 128 MiB. More than writers
+/// take today: the header's was larger once.
+const LARGEST_WINDOW: u32 = 21;
 
 /// The first line of a layer's index.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -116,7 +119,10 @@ pub fn compress_header(header: &LayerHeader) -> io::Result<Vec<u8>> {
     let mut line =
         serde_json::to_vec(header).expect("a header has string keys and no failing serializer");
     line.push(b'\n');
-    zstd::encode_all(&line[..], LEVEL)
+    let mut encoder = zstd::Encoder::new(Vec::new(), LEVEL)?;
+    encoder.set_parameter(CParameter::WindowLog(WINDOW))?;
+    encoder.write_all(&line)?;
+    encoder.finish()
 }
 
 /// Reads lines one by one.
@@ -127,8 +133,10 @@ pub struct IndexReader<R: Read> {
 
 impl<R: Read> IndexReader<R> {
     pub fn new(source: R) -> io::Result<Self> {
+        let mut decoder = zstd::Decoder::new(source)?;
+        decoder.window_log_max(LARGEST_WINDOW)?;
         Ok(Self {
-            lines: BufReader::new(zstd::Decoder::new(source)?),
+            lines: BufReader::new(decoder),
             line: Vec::new(),
         })
     }

@@ -51,11 +51,18 @@ impl LayerIndex {
     /// Fetches the index of a layer into `file`, and judges it.
     pub async fn fetch(store: &dyn Store, layer: &Layer, mut file: File) -> Result<Self, Error> {
         twice(async || {
-            file.rewind()
-                .map_err(Error::local("write", "the index under way"))?;
+            file.rewind().map_err(Error::local(
+                "write",
+                "the index under way in RUNTIME_STATE",
+            ))?;
             fetch_index(store, layer, &mut file).await
         })
         .await?;
+        Self::judge(layer, file)
+    }
+
+    /// An index in a file, if its header can be believed.
+    pub fn judge(layer: &Layer, file: File) -> Result<Self, Error> {
         let mut index = Self {
             layer: layer.clone(),
             frames: Vec::new(),
@@ -88,8 +95,10 @@ async fn fetch_index(store: &dyn Store, layer: &Layer, file: &mut File) -> Resul
         let length = RANGE.min(layer.index_size - at);
         let bytes = range(store, &key, layer.index_offset + at, length).await?;
         sum.update(&bytes);
-        file.write_all(&bytes)
-            .map_err(Error::local("write", "the index under way"))?;
+        file.write_all(&bytes).map_err(Error::local(
+            "write",
+            "the index under way in RUNTIME_STATE",
+        ))?;
         at += length;
     }
     let got = hex(&sum.finalize());
@@ -424,6 +433,38 @@ impl Unpacker {
             Err(damaged(&self.layer, "a frame does not unpack to its size"))
         }
     }
+}
+
+/// Fetches the wanted frames out of an object in memory and unpacks them: what a download does, without threads and store.
+pub fn unpack_all(
+    layer: &Layer,
+    table: &[Frame],
+    wanted: &[bool],
+    object: &[u8],
+) -> Vec<(Frame, Option<Vec<u8>>)> {
+    let mut unpacked = Vec::new();
+    let Ok(decompressor) = Decompressor::new() else {
+        return unpacked;
+    };
+    let (_, spare) = channel();
+    let (again, _) = mpsc::channel(1);
+    let mut lane = Unpacker {
+        layer: layer.clone(),
+        check: Check::Unpack,
+        decompressor,
+        spare,
+        again,
+    };
+    for request in plan(table, wanted) {
+        let mut at = usize::try_from(request.offset).unwrap_or(usize::MAX);
+        for (_, frame) in request.frames {
+            let end = at + usize::try_from(frame.stored).unwrap_or(usize::MAX);
+            let raw = lane.unpack(&frame, &object[at..end]).ok();
+            unpacked.push((frame, raw));
+            at = end;
+        }
+    }
+    unpacked
 }
 
 fn has_hash(layer: &Layer, frame: &Frame, stored: &[u8]) -> Result<(), Error> {

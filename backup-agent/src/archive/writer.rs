@@ -127,7 +127,7 @@ impl LayerWriter {
     pub fn finish(mut self) -> Result<Layer, Halt> {
         let cannot_spool = |source| Error::Local {
             op: "use",
-            path: "the index under way".into(),
+            path: "the index under way in RUNTIME_STATE".into(),
             source,
         };
         self.frames.write(&TRAILER)?;
@@ -191,6 +191,9 @@ impl LayerWriter {
             ..entry.clone()
         };
         let written = self.lines.entry(&line);
-        Ok(written.map_err(Error::local("write", "the index under way"))?)
+        Ok(written.map_err(Error::local(
+            "write",
+            "the index under way in RUNTIME_STATE",
+        ))?)
     }
 }

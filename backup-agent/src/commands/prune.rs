@@ -13,7 +13,7 @@ use serde_json::json;
 use super::{Answer, fenced, human_bytes};
 use crate::{
     config::Config,
-    error::Error,
+    error::{Chain, Error},
     log,
     snapshot::{
         head::{self, Seen},
@@ -23,7 +23,7 @@ use crate::{
         retention::{self, Verdict, YOUNG},
     },
     state::State,
-    store::{Store, StoreError},
+    store::Store,
     tree::swap,
 };
 
@@ -79,11 +79,8 @@ pub async fn run(config: &Config, store: &dyn Store, is_dry_run: bool) -> Result
     if !is_dry_run {
         let keys = unnamed.iter().map(|layer| record::layer_key(layer));
         remove(store, keys.collect()).await?;
-        let local = state.sweep().and_then(|files| {
-            let is_tree = swap::sweep(&config.root)?;
-            Ok(files + u64::from(is_tree))
-        });
-        report(local.map_err(StoreError::from));
+        report(state.sweep());
+        report(swap::sweep(&config.root).map(u64::from));
         report(store.sweep(now - YOUNG).await);
     }
 
@@ -142,13 +139,13 @@ async fn remove(store: &dyn Store, keys: Vec<String>) -> Result<(), Error> {
 }
 
 /// What runs that died left, on the disk or on the store, is no part of any snapshot, so a failure here is none of the whole.
-fn report(swept: Result<u64, StoreError>) {
+fn report<E: std::error::Error + 'static>(swept: Result<u64, E>) {
     match swept {
         Ok(0) => {}
         Ok(count) => log::info("leftovers removed", &[("count", count.into())]),
         Err(error) => log::warn(
             "leftovers cannot be removed",
-            &[("error", error.to_string().into())],
+            &[("error", Chain(&error).to_string().into())],
         ),
     }
 }

@@ -64,7 +64,7 @@ pub async fn unpack(
 ) -> Result<Unpacked, Error> {
     let is_owner_kept = Uid::effective().is_root() && config.identity.is_none();
     let source = record::key(&record.id);
-    let mut applier = Applier::new(staging.fd()?, is_owner_kept, old, source);
+    let mut applier = Applier::new(staging.fd()?, is_owner_kept, old, source)?;
     let mut merge = Merge::new(indexes)?;
     let mut plan = Plan::new(indexes);
     if let Some(selection) = selection {
@@ -268,7 +268,7 @@ impl Plan {
     }
 
     fn want(&mut self, entry: &Entry, layer: usize) {
-        self.bytes += entry.data();
+        self.bytes = self.bytes.saturating_add(entry.data());
         let ends = &self.ends[layer];
         let wanted = self.wanted[layer].get_or_insert_with(|| vec![false; ends.len()]);
         for extent in &entry.extents {

@@ -317,6 +317,16 @@ mod tests {
     }
 
     #[test]
+    fn an_endpoint_of_other_letters_is_refused_and_not_asserted() {
+        for endpoint in ["https://stra\u{df}e.EXAMPLE", "https://\u{fffd}A"] {
+            let mut env = S3.to_vec();
+            env[1].1 = endpoint;
+            let problems = load(&[], &env).expect_err("it is no host");
+            assert!(problems[0].contains("is not an address"), "{problems:?}");
+        }
+    }
+
+    #[test]
     fn aws_names_serve_people_but_not_a_runtime() {
         let env = [
             ("RUNTIME_STORE", "s3://bucket"),

@@ -314,8 +314,9 @@ impl Source<'_> {
         } else {
             (endpoint.clone(), false)
         };
-        let parsed = Url::parse(&plain)
-            .ok()
+        // Hosts have no other letters, and the parser of those asserts what it was not given.
+        let parsed = (plain.is_ascii().then(|| Url::parse(&plain).ok()))
+            .flatten()
             .filter(|url| matches!(url.scheme(), "http" | "https") && url.host_str().is_some());
         let Some(url) = parsed else {
             self.reject(

@@ -6,7 +6,11 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     error::Error,
-    snapshot::{record::FORMAT, sealed},
+    snapshot::{
+        id,
+        record::{FORMAT, LARGEST},
+        sealed,
+    },
     store::{Store, StoreError, twice},
 };
 
@@ -49,18 +53,33 @@ pub async fn read(store: &dyn Store) -> Result<Option<Seen>, Error> {
 async fn read_once(store: &dyn Store) -> Result<Option<Seen>, Error> {
     match store.get(KEY).await {
         Ok((bytes, etag)) => {
-            let head: Head = sealed::open(KEY, &bytes)?;
-            if head.format != FORMAT {
-                return Err(Error::Damaged {
-                    key: KEY.to_owned(),
-                    reason: format!("it has format {}, this tool reads {FORMAT}", head.format),
-                });
-            }
+            let head = judge(&bytes)?;
             Ok(Some(Seen { head, etag }))
         }
         Err(StoreError::NotFound) => Ok(None),
         Err(error) => Err(Error::store("read", KEY)(error)),
     }
+}
+
+/// What the bytes of a head say, if that can be believed.
+pub fn judge(bytes: &[u8]) -> Result<Head, Error> {
+    let head: Head = sealed::open(KEY, bytes)?;
+    let reason = if head.format != FORMAT {
+        let format = head.format;
+        format!("it has format {format}, this tool reads {FORMAT}")
+    } else if head.sequence > LARGEST {
+        "it has an absurd sequence".to_owned()
+    } else if head.writer.contains(char::is_control) {
+        "it has control characters".to_owned()
+    } else if let Some(id) = head.snapshot.as_deref().filter(|id| !id::is_valid(id)) {
+        format!("{id:?} is no snapshot's id")
+    } else {
+        return Ok(head);
+    };
+    Err(Error::Damaged {
+        key: KEY.to_owned(),
+        reason,
+    })
 }
 
 /// Moves the head, if it still is what was seen (`None`: if there is none).

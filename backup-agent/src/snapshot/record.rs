@@ -10,6 +10,11 @@ use crate::{
 
 /// Version of the layout of records, heads and layers that this code reads and writes.
 pub const FORMAT: u32 = 1;
+/// Largest number that is believed: the largest that every reader of JSON keeps exactly. Thousands of them can be added up.
+pub const LARGEST: u64 = 1 << 53;
+/// Most layers of a snapshot. Each is twice as large as the next one, so a writer makes 70 at most; a reader holds some
+/// memory and a descriptor for each.
+const MOST_LAYERS: usize = 128;
 
 /// One snapshot: immutable.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -107,21 +112,62 @@ async fn read_once(store: &dyn Store, snapshot: &str) -> Result<Record, Error> {
         },
         other => Error::store("read", &key)(other),
     })?;
-    let record: Record = sealed::open(&key, &bytes)?;
-    let mut reason = None;
-    if record.format != FORMAT {
-        reason = Some(format!(
-            "it has format {}, this tool reads {FORMAT}",
-            record.format
-        ));
+    judge(snapshot, &bytes)
+}
+
+/// What the bytes of a record say, if that can be believed.
+pub fn judge(snapshot: &str, bytes: &[u8]) -> Result<Record, Error> {
+    let key = key(snapshot);
+    let record: Record = sealed::open(&key, bytes)?;
+    let reason = if record.format != FORMAT {
+        let format = record.format;
+        Some(format!("it has format {format}, this tool reads {FORMAT}"))
     } else if record.id != snapshot {
-        reason = Some(format!("it is the record of {}", record.id));
-    } else if let Some(layer) = record.layers.iter().find(|layer| !id::is_valid(&layer.id)) {
-        reason = Some(format!("{:?} is no layer's id", layer.id));
-    }
+        Some(format!("it is the record of {:?}", record.id))
+    } else {
+        record.lie()
+    };
     match reason {
         Some(reason) => Err(Error::Damaged { key, reason }),
         None => Ok(record),
+    }
+}
+
+impl Record {
+    /// What no writer has ever written: found here, once, because everybody adds these numbers up.
+    fn lie(&self) -> Option<String> {
+        if self.layers.len() > MOST_LAYERS {
+            return Some(format!("it names {} layers", self.layers.len()));
+        }
+        for layer in &self.layers {
+            if !id::is_valid(&layer.id) {
+                return Some(format!("{:?} is no layer's id", layer.id));
+            }
+            let numbers = [
+                layer.size,
+                layer.raw_size,
+                layer.index_offset,
+                layer.index_size,
+            ];
+            if numbers.iter().any(|number| *number > LARGEST) {
+                return Some(format!("it gives layer {} an absurd size", layer.id));
+            }
+        }
+        let totals = &self.totals;
+        let numbers = [
+            self.sequence,
+            totals.entries,
+            totals.files,
+            totals.bytes,
+            totals.stored_bytes,
+            totals.skipped,
+        ];
+        let words = [&self.time, &self.writer, &self.tool];
+        if words.iter().any(|word| word.contains(char::is_control)) {
+            return Some("it has control characters".to_owned());
+        }
+        let is_absurd = numbers.iter().any(|number| *number > LARGEST);
+        is_absurd.then(|| "it has an absurd number".to_owned())
     }
 }
 

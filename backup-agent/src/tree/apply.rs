@@ -46,6 +46,8 @@ pub struct Applier {
     old: Option<Old>,
     /// Owners can be given to files.
     is_owner_kept: bool,
+    /// User and group of the new tree, and of everything in it where owners are not kept.
+    owner: (u32, u32),
     is_without_xattrs: bool,
     /// Directories around the last entry of the last pass, whose status is still to be set.
     open: Vec<Entry>,
@@ -74,17 +76,24 @@ impl Old {
 
 impl Applier {
     /// An applier into `root`, an empty directory. `is_owner_kept`: the caller may give files away (it is root).
-    pub fn new(root: OwnedFd, is_owner_kept: bool, old: Option<Old>, source: String) -> Self {
-        Self {
+    pub fn new(
+        root: OwnedFd,
+        is_owner_kept: bool,
+        old: Option<Old>,
+        source: String,
+    ) -> Result<Self, Error> {
+        let status = fstat(&root).map_err(Error::local("look at", "."))?;
+        Ok(Self {
             tree: Cursor::new(root),
             old,
             is_owner_kept,
+            owner: (status.st_uid, status.st_gid),
             is_without_xattrs: false,
             open: Vec::new(),
             source,
             files: 0,
             bytes: 0,
-        }
+        })
     }
 
     /// First pass: makes a directory, with a mode that lets the other passes in.
@@ -111,8 +120,7 @@ impl Applier {
         let mut found = scan::entry(&entry.path, Kind::File, content.status());
         if !self.is_owner_kept {
             // Whoever owns the new tree has to own what is in it.
-            let owner = fstat(self.tree.root()).map_err(Error::local("look at", "."))?;
-            if (found.uid, found.gid) != (owner.st_uid, owner.st_gid) {
+            if (found.uid, found.gid) != self.owner {
                 return Ok(false);
             }
             (found.uid, found.gid) = (entry.uid, entry.gid);
@@ -170,7 +178,7 @@ impl Applier {
             let (Extent::Data { length, .. } | Extent::Hole { length }) = extent;
             sum.checked_add(*length)
         });
-        if covered != Some(entry.size) {
+        if covered != Some(entry.size) || i64::try_from(entry.size).is_err() {
             return Err(self
                 .refuse(entry, "its extents do not add up to its size")
                 .into());
@@ -341,7 +349,11 @@ impl Applier {
                 Err(error) => return Err(Error::local("set an attribute of", path())(error)),
             }
         }
-        let mode = Mode::from_bits_truncate(entry.mode);
+        let mut mode = Mode::from_bits_truncate(entry.mode);
+        if !self.is_owner_kept && (entry.uid, entry.gid) != self.owner {
+            // They lent the rights of somebody else.
+            mode.remove(Mode::S_ISUID | Mode::S_ISGID);
+        }
         fchmod(&fd, mode).map_err(Error::local("set the mode of", path()))?;
         let time = time_spec(entry.mtime);
         futimens(&fd, &time, &time).map_err(Error::local("set the time of", path()))

@@ -9,10 +9,10 @@ use std::{
 use nix::{errno::Errno, fcntl::openat, sys::stat::Mode};
 
 use super::scan::DIRECTORY;
-use crate::{archive::entry::Entry, error::Error};
-
-/// Longest name of a component (`NAME_MAX`).
-const LONGEST_NAME: usize = 255;
+use crate::{
+    archive::entry::{Entry, LONGEST_NAME},
+    error::Error,
+};
 
 /// Opens directories below a root one component at a time, and keeps those open that the next path needs too.
 pub struct Cursor {

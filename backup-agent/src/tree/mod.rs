@@ -7,5 +7,6 @@ pub mod exclude;
 pub mod freeze;
 pub mod identity;
 pub mod read;
+pub mod remove;
 pub mod scan;
 pub mod swap;

@@ -17,6 +17,9 @@ use crate::{
 
 /// Bytes that are read at once. More would be memory that the allocator gets from the kernel, and zeroed, for every file.
 const CHUNK: usize = 64 << 10;
+/// Bytes of one entry's attributes, names and values. Some file systems keep hundreds of megabytes for a file, and every
+/// index has them in a line; one value of the largest size is well below.
+const MOST_ATTRIBUTES: usize = 128 << 10;
 /// Runs of data that are told apart in one file; what comes after is stored with its holes filled. A database has few
 /// holes, and a file made to have millions must not cost memory.
 const MOST_RUNS: usize = 16_384;
@@ -217,6 +220,7 @@ pub fn xattrs(file: impl AsFd) -> io::Result<BTreeMap<String, Vec<u8>>> {
     let mut names = vec![0_u8; needed.max(LIMIT)];
     let length = flistxattr(&file, &mut names[..])?;
     let mut found = BTreeMap::new();
+    let mut room = MOST_ATTRIBUTES;
     for name in names[..length].split(|byte| *byte == 0) {
         let Ok(name) = std::str::from_utf8(name) else {
             continue;
@@ -227,6 +231,7 @@ pub fn xattrs(file: impl AsFd) -> io::Result<BTreeMap<String, Vec<u8>>> {
         let mut value = vec![0_u8; LIMIT];
         match fgetxattr(&file, name, &mut value[..]) {
             Ok(length) => {
+                room = (room.checked_sub(name.len() + length)).ok_or(Errno::TOOBIG)?;
                 value.truncate(length);
                 found.insert(name.to_owned(), value);
             }

@@ -12,12 +12,15 @@ use nix::{
     dir::Dir,
     errno::Errno,
     fcntl::{AtFlags, OFlag, open, openat, readlinkat},
-    sys::stat::{FileStat, Mode, SFlag, fstat, fstatat},
+    sys::{
+        resource::{Resource, getrlimit},
+        stat::{FileStat, Mode, SFlag, fstat, fstatat},
+    },
 };
 
 use super::{exclude::Excludes, read};
 use crate::{
-    archive::entry::{Entry, Kind, Stamp},
+    archive::entry::{Entry, Kind, LONGEST_NAME, LONGEST_PATH, Stamp},
     error::Error,
 };
 
@@ -77,7 +80,8 @@ pub fn walk<E: From<Error>>(
         directory: Some(fd.as_fd()),
         allocated: 0,
     })?;
-    let mut links: HashMap<(u64, u64), Vec<u8>> = HashMap::new();
+    let most_levels = most_levels();
+    let mut links = Links::new();
     let mut path: Vec<u8> = Vec::new();
     let mut levels = vec![Level { fd, names, path: 0 }];
     while let Some(level) = levels.last_mut() {
@@ -90,10 +94,23 @@ pub fn walk<E: From<Error>>(
             path.push(b'/');
         }
         path.extend_from_slice(name.to_bytes());
+        if name.to_bytes().len() > LONGEST_NAME || path.len() > LONGEST_PATH {
+            skipped(
+                &path,
+                "its path is longer than 4,096 bytes, or its name than 255",
+            );
+            continue;
+        }
         let outcome = one(level, &name, &path, excludes, &mut links, &mut visit)?;
         match outcome {
             Outcome::Done => {}
             Outcome::Skipped(reason) => skipped(&path, reason),
+            Outcome::Enter(..) if levels.len() >= most_levels => {
+                skipped(
+                    &path,
+                    "what is in it is too deep for the limit of open files",
+                );
+            }
             Outcome::Enter(fd, names) => levels.push(Level {
                 fd,
                 names,
@@ -102,6 +119,40 @@ pub fn walk<E: From<Error>>(
         }
     }
     Ok(())
+}
+
+/// A walk holds a descriptor for each level, and a restore three at the worst; others need some, too.
+fn most_levels() -> usize {
+    let limit = getrlimit(Resource::RLIMIT_NOFILE).map_or(0, |(soft, _)| soft);
+    usize::try_from(limit / 4).unwrap_or(usize::MAX).max(16)
+}
+
+/// The first names of files that have several, by device and inode. Their number is whoever makes the tree's to choose, so
+/// their memory has a bound; behind it, each name counts as a file of its own.
+struct Links {
+    first: HashMap<(u64, u64), Box<[u8]>>,
+    room: usize,
+}
+
+impl Links {
+    /// Bytes for all of them.
+    const ROOM: usize = 16 << 20;
+    /// What one takes beside its path.
+    const COST: usize = 64;
+
+    fn new() -> Self {
+        Self {
+            first: HashMap::new(),
+            room: Self::ROOM,
+        }
+    }
+
+    fn remember(&mut self, key: (u64, u64), path: &[u8]) {
+        if let Some(room) = self.room.checked_sub(Self::COST + path.len()) {
+            self.room = room;
+            self.first.insert(key, path.into());
+        }
+    }
 }
 
 enum Outcome {
@@ -115,7 +166,7 @@ fn one<E: From<Error>>(
     name: &CStr,
     path: &[u8],
     excludes: &Excludes,
-    links: &mut HashMap<(u64, u64), Vec<u8>>,
+    links: &mut Links,
     visit: &mut impl FnMut(Found<'_>) -> Result<Verdict, E>,
 ) -> Result<Outcome, E> {
     let parent = level.fd.as_fd();
@@ -153,16 +204,16 @@ fn one<E: From<Error>>(
             let key = (status.st_dev, status.st_ino);
             let mut entry = entry(path, Kind::File, &status);
             let has_names = status.st_nlink > 1;
-            if has_names && let Some(first) = links.get(&key) {
+            if has_names && let Some(first) = links.first.get(&key) {
                 entry.kind = Kind::Hardlink;
                 entry.size = 0;
-                entry.link = Some(first.clone());
+                entry.link = Some(first.to_vec());
                 visit(found(entry, None))?;
                 return Ok(Outcome::Done);
             }
             match visit(found(entry, None))? {
                 Verdict::Taken if has_names => {
-                    links.insert(key, path.to_vec());
+                    links.remember(key, path);
                     Ok(Outcome::Done)
                 }
                 Verdict::Taken => Ok(Outcome::Done),

@@ -4,8 +4,10 @@
 //! everything. A walk can also capture the content of what it logs: then all of it is of the time of the walk.
 
 use std::{
+    collections::BTreeMap,
     fs::File,
     io::Write,
+    os::fd::AsFd,
     path::Path,
     time::{Duration, Instant},
 };
@@ -92,6 +94,19 @@ impl Skipped {
         if self.named.len() < MOST_NAMED {
             self.named.push((display(path), reason));
         }
+    }
+
+    fn join(&mut self, other: Self) {
+        self.count += other.count;
+        self.named.extend(other.named);
+    }
+
+    /// The attributes of an entry; none, where they cannot be read or are too many.
+    pub fn attributes(&mut self, of: impl AsFd, entry: &Entry) -> BTreeMap<String, Vec<u8>> {
+        read::xattrs(of).unwrap_or_else(|_| {
+            self.add(&entry.path, "only its attributes: too many, or unreadable");
+            BTreeMap::new()
+        })
     }
 
     /// Says what was left out.
@@ -187,14 +202,14 @@ pub fn scan(
         changes.log = Some(Spool::new(file));
     }
     changes.captured = scan.capture.map(|capture| Spool::new(capture.file));
-    changes.skipped = skipped;
+    changes.skipped.join(skipped);
     changes.took = begun.elapsed();
     Ok(changes)
 }
 
 /// What errors call the two working files.
-const LOG: &str = "the log of what changed";
-const CAPTURED: &str = "the captured files";
+const LOG: &str = "the log of what changed in RUNTIME_STATE";
+const CAPTURED: &str = "the captured files in RUNTIME_STATE";
 
 struct Scan {
     racy: Racy,
@@ -256,10 +271,7 @@ impl Scan {
                 };
                 // What is recorded is the file that was opened, not the one that was listed.
                 entry = scan::entry(&entry.path, Kind::File, content.status());
-                let Ok(xattrs) = read::xattrs(content.file()) else {
-                    return Ok(Verdict::Skipped);
-                };
-                entry.xattrs = xattrs;
+                entry.xattrs = self.changes.skipped.attributes(content.file(), &entry);
                 entry.extents = capture.take(&entry, &content, self.captured)?;
                 self.captured += entry.data();
             }
@@ -276,8 +288,7 @@ impl Scan {
             }
             (Kind::Dir, _) => {
                 if let Some(directory) = found.directory {
-                    entry.xattrs = read::xattrs(directory)
-                        .map_err(Error::local("read the attributes of", entry.display()))?;
+                    entry.xattrs = self.changes.skipped.attributes(directory, &entry);
                 }
             }
             (Kind::Symlink | Kind::Hardlink | Kind::Deleted, _) => {}

@@ -201,10 +201,7 @@ impl Pass {
         };
         // What is recorded is the file that was opened, not the one that was listed.
         let mut entry = scan::entry(&entry.path, Kind::File, content.status());
-        let Ok(xattrs) = read::xattrs(content.file()) else {
-            return Ok(None);
-        };
-        entry.xattrs = xattrs;
+        entry.xattrs = self.skipped.attributes(content.file(), &entry);
         self.layer.add_file(&mut entry, content.data())?;
         Ok(Some(entry))
     }

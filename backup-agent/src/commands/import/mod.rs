@@ -22,10 +22,7 @@ use crate::{
     snapshot::{head, record},
     state::State,
     store::{self, Store},
-    tree::{
-        identity::with_identity,
-        swap::{Staging, remove},
-    },
+    tree::{identity::with_identity, remove::remove, swap::Staging},
 };
 
 /// Imports into an instance that was never used.
@@ -96,7 +93,7 @@ struct Scratch(PathBuf);
 impl Scratch {
     /// The next user of the directory makes it; what a killed run has left is removed.
     fn new(path: PathBuf) -> Result<Self, Error> {
-        remove(&path).map_err(Error::local("remove", &path))?;
+        remove(&path)?;
         Ok(Self(path))
     }
 }

@@ -1,0 +1,90 @@
+//! One-shot command of the runtime: takes, restores, checks and prunes snapshots of a directory tree.
+//!
+//! Results go to standard output, everything else to standard error; the exit code is part of the interface.
+
+mod archive;
+mod capabilities;
+mod cli;
+mod commands;
+mod config;
+mod error;
+mod interrupt;
+mod local_index;
+mod log;
+mod progress;
+mod snapshot;
+mod state;
+mod store;
+mod tree;
+pub mod untrusted;
+
+use std::{
+    io::{IsTerminal, Write},
+    process::ExitCode,
+    time::Duration,
+};
+
+use clap::Parser;
+
+use crate::{cli::Cli, config::Config, error::Chain, tree::freeze};
+
+/// Does what the command line says, and gives the exit code.
+#[must_use]
+pub fn main() -> ExitCode {
+    if let Some(limit) = guards() {
+        freeze::guard(limit);
+        return ExitCode::SUCCESS;
+    }
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(help) => {
+            let is_mistake = help.use_stderr();
+            // Printing fails only when nobody reads it.
+            let _ = help.print();
+            return ExitCode::from(if is_mistake { 64 } else { 0 });
+        }
+    };
+    let json = cli.flags.json;
+    if std::io::stderr().is_terminal() && !cli.flags.quiet {
+        progress::show();
+    }
+    let result = Config::load(&cli, |name| std::env::var_os(name))
+        .and_then(|config| interrupt::bounded(&config, &cli.verb));
+    progress::end();
+    match result {
+        Ok(answer) => {
+            let text = if json {
+                format!("{}\n", answer.json)
+            } else {
+                answer.text
+            };
+            // A reader that went away (`| head`) changes nothing about what was done.
+            let _ = std::io::stdout().write_all(text.as_bytes());
+            ExitCode::from(answer.exit)
+        }
+        Err(error) => {
+            let (exit, word) = error.code();
+            let mut sentence = Chain(&error).to_string();
+            if let Some(advice) = error.advice() {
+                sentence = format!("{sentence}; {advice}");
+            }
+            if json {
+                let object = serde_json::json!({ "error": sentence, "code": word });
+                let _ = writeln!(std::io::stdout(), "{object}");
+            }
+            // The runtime reads the object; people and scripts without --json read the sentence.
+            if !json || std::io::stderr().is_terminal() {
+                eprintln!("backup-agent: {sentence}");
+            }
+            ExitCode::from(exit)
+        }
+    }
+}
+
+/// The agent runs itself as a guard of its own: for how long, if this is one.
+fn guards() -> Option<Duration> {
+    let mut arguments = std::env::args_os().skip(1);
+    (arguments.next()? == freeze::GUARD).then_some(())?;
+    let millis = arguments.next()?.to_str()?.parse().ok()?;
+    Some(Duration::from_millis(millis))
+}
