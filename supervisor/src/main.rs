@@ -12,9 +12,11 @@ mod healthcheck;
 mod log;
 mod owner;
 mod reaper;
+mod redact;
 mod secret;
 mod signals;
 mod status;
+mod stderr;
 
 use std::ffi::OsString;
 use std::io::{self, Write as _};

@@ -29,6 +29,18 @@ fn main() {
     let found = who_am_i(&behaviour, &folder, started);
     note(&folder.join("starts.jsonl"), &found);
 
+    if let Some(text) = behaviour["stderr"].as_str() {
+        let repeat = usize::try_from(behaviour["repeat"].as_u64().unwrap_or(1)).expect("fits");
+        for _ in 0..repeat {
+            std::io::stderr()
+                .write_all(text.as_bytes())
+                .expect("can write");
+        }
+        note(
+            &folder.join("written.jsonl"),
+            &json!({ "pid": std::process::id() }),
+        );
+    }
     if behaviour["deaf"] == true {
         let nobody = Arc::new(AtomicBool::new(false));
         signal_hook::flag::register(SIGTERM, nobody).expect("SIGTERM can be caught");
