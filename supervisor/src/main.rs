@@ -21,7 +21,7 @@ mod stderr;
 use std::ffi::OsString;
 use std::io::{self, Write as _};
 use std::process::ExitCode;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use nix::sys::prctl;
 use tokio::net::TcpListener;
@@ -169,6 +169,7 @@ async fn serve(
         events: events.clone(),
         approvals: Approvals::default(),
         booted: Instant::now(),
+        refusals: Mutex::default(),
     };
     let server = Server::start(listener, Arc::new(context));
     let is_saved = Owner::new(config, agent, reaper, events, published)

@@ -74,12 +74,11 @@ pub fn is_clean(belongs: &Belongs) -> bool {
     processes(belongs).is_empty()
 }
 
-/// Lets every stopped process of the gateway go on, in case the agent ended while it held them for a snapshot.
+/// Lets every process of the gateway go on, in case the agent ended while it held them for a snapshot. All of them: one that
+/// does not look stopped yet may be about to.
 pub fn resume(belongs: &Belongs) {
-    for (pid, process) in processes(belongs) {
-        if process.state == b'T' {
-            let _ = kill(pid, Signal::SIGCONT);
-        }
+    for (pid, _) in processes(belongs) {
+        let _ = kill(pid, Signal::SIGCONT);
     }
 }
 
