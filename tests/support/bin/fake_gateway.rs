@@ -151,6 +151,12 @@ fn serve(mut stream: TcpStream, folder: &Path, behaviour: &Value) {
         answer(&mut stream, line, &body);
     } else if let Some(code) = start.strip_prefix("GET /exit/") {
         let code = code.split(' ').next().and_then(|code| code.parse().ok());
+        let now = clock_gettime(ClockId::CLOCK_MONOTONIC).expect("there is a clock");
+        let monotonic = now.tv_sec() * 1_000_000_000 + now.tv_nsec();
+        note(
+            &folder.join("exits.jsonl"),
+            &json!({ "monotonic": monotonic }),
+        );
         std::process::exit(code.expect("is an exit code"));
     } else if behaviour["silent"] == true {
         // Holds the line without a word until the other side gives up.
