@@ -72,6 +72,8 @@ bench: release ## Measure the released binaries with a real gateway; prints a ta
 	@E2E_BIN_DIR="$$PWD/dist" cargo bench --locked -p e2e --bench runtime
 
 bench-supervisor: release ## Measure the supervisor beside its peers; writes docs/benchmarks/supervisor.md; needs root
+	$(call need,command -v s6-svscan,s6)
+	$(call need,python3 -c 'import ensurepip',python3-venv)
 	@cargo build --locked --release --target $(TARGET) -p supervisor --example hello
 	@export PATH="$$(tests/install-supervisors.sh):$$PATH" E2E_BIN_DIR="$$PWD/dist"; \
 	    export E2E_HELLO="$${CARGO_TARGET_DIR:-target}/$(TARGET)/release/examples/hello"; \

@@ -1,9 +1,10 @@
 #!/bin/sh
-# Unpacks the peers of the supervisor's benchmark into a cache folder, once, and prints the folder of their programs, to be
-# put in front of PATH. Needs Debian 12's apt and Python 3 with venv. Nothing is installed: no service of theirs starts.
+# Unpacks peers of the supervisor's benchmark into a cache folder, once, and prints the folder of their programs, to be put
+# in front of PATH. Needs Debian's apt and Python 3 with venv. Nothing is installed, so no service of theirs starts. s6 is not
+# among them: it works from where Debian installs it only.
 set -eu
 
-packages='s6 libs6-2.11 libskarnet2.13 libexecline2.9 runit tini'
+packages='runit tini'
 supervisord=4.3.0
 dir=${XDG_CACHE_HOME:-$HOME/.cache}/openclaw-runtime/supervisors-$(echo "$packages $supervisord" | sha256sum | cut -c1-16)
 
@@ -16,12 +17,7 @@ if [ ! -e "$dir/.installed" ]; then
     # shellcheck disable=SC2086 # a list of words
     (cd "$dir/debs" && { apt-get --quiet=2 download $packages || { apt-get --quiet=2 update && apt-get --quiet=2 download $packages; }; }) >&2
     for deb in "$dir/debs"/*.deb; do dpkg-deb -x "$deb" "$dir/root"; done
-    # Their libraries are found beside them; the links of s6 to itself are resolved by its own path.
-    for program in "$dir"/root/bin/s6* "$dir"/root/usr/bin/s6* "$dir"/root/usr/bin/run* "$dir"/root/usr/bin/sv "$dir"/root/usr/bin/tini; do
-        [ -f "$program" ] || continue
-        name=$(basename "$program")
-        ln -sf "$program" "$dir/bin/$name"
-    done
+    ln -sf "$dir/root/usr/bin/runsvdir" "$dir/root/usr/bin/runsv" "$dir/root/usr/bin/tini" "$dir/bin/"
     python3 -m venv --clear "$dir/venv" >&2
     "$dir/venv/bin/pip" install --quiet --disable-pip-version-check --no-deps "supervisor==$supervisord" >&2
     ln -sf "$dir/venv/bin/supervisord" "$dir/bin/"

@@ -1,7 +1,7 @@
 //! What `status` and the log tell whoever is woken at night: why, since when, how far, and no secret.
 
 use std::net::{SocketAddr, TcpListener};
-use std::process::Stdio;
+use std::process::{Child, Stdio};
 
 use e2e::http;
 use e2e::supervisor::{Setup, TOKEN};
@@ -9,6 +9,16 @@ use e2e::wait::{until, until_some};
 use serde_json::{Value, json};
 
 const KNOWN: &str = "correct horse";
+
+/// A supervisor that might hang is not left behind by a test that fails.
+struct Killed(Child);
+
+impl Drop for Killed {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
 
 fn bearer() -> String {
     format!("Bearer {TOKEN}")
@@ -100,10 +110,8 @@ fn a_log_that_nobody_reads_holds_up_neither_the_gateway_nor_the_api() {
         .with("RUNTIME_LOG", "debug");
     setup.behave(&json!({ "stderr": format!("{}\n", "x".repeat(1023)), "repeat": 2000 }));
     let mut program = setup.program();
-    let mut child = program
-        .stderr(Stdio::piped())
-        .spawn()
-        .expect("can be executed");
+    let child = program.stderr(Stdio::piped()).spawn();
+    let mut child = Killed(child.expect("can be executed"));
     let authorization = bearer();
     let get = || {
         std::net::TcpStream::connect(api).ok()?;
@@ -117,9 +125,9 @@ fn a_log_that_nobody_reads_holds_up_neither_the_gateway_nor_the_api() {
         assert_eq!(get().expect("is answered").status, 200);
     }
     // As the pipe is still held, only the signal ends it.
-    let pid = nix::unistd::Pid::from_raw(i32::try_from(child.id()).expect("pids fit"));
+    let pid = nix::unistd::Pid::from_raw(i32::try_from(child.0.id()).expect("pids fit"));
     nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).expect("is ours");
-    let status = until_some("its end", || child.try_wait().expect("is our child"));
+    let status = until_some("its end", || child.0.try_wait().expect("is our child"));
     assert_eq!(status.code(), Some(0));
 }
 

@@ -69,7 +69,7 @@ impl Peer {
     pub fn command(self, setup: &Setup, program: &[String]) -> Outcome<Command> {
         let folder = setup.folder.path();
         let tool = |name: &str| Command::new(find(name).unwrap_or_default());
-        let mut command = match self {
+        let command = match self {
             Self::Own => return Ok(setup.program()),
             Self::S6 | Self::Runit => {
                 let service = folder.join("scan/service");
@@ -104,12 +104,6 @@ impl Peer {
                 command
             }
         };
-        if let Some(libraries) = find("s6-svscan").and_then(|path| {
-            let path = fs::canonicalize(path).ok()?;
-            Some(path.parent()?.parent()?.join("lib/x86_64-linux-gnu"))
-        }) {
-            command.env("LD_LIBRARY_PATH", libraries);
-        }
         Ok(command)
     }
 }
