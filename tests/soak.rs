@@ -64,7 +64,10 @@ fn memory_and_descriptors_stay_flat_over_requests_and_restarts() {
     let after = (field(&supervisor, "VmRSS"), descriptors(&supervisor));
     eprintln!("resident {} KiB, then {} KiB", before.0, after.0);
     assert!(after.0 <= before.0 + SLACK, "{before:?}, then {after:?}");
-    assert_eq!(after.1, before.1);
+    // The last connections may still be on their way out.
+    e2e::wait::until("the descriptors of before", || {
+        descriptors(&supervisor) <= before.1
+    });
     if std::env::var_os("E2E_BIN_DIR").is_some() {
         assert!(after.0 <= BUDGET, "{} KiB", after.0);
     }

@@ -21,10 +21,9 @@ pub fn load(address: SocketAddr, head: &str, connections: usize, time: Duration)
         let threads: Vec<_> = (0..connections)
             .map(|_| scope.spawn(|| ask(address, &request, begun + time)))
             .collect();
-        let all = threads.into_iter().map(|thread| {
-            let times = thread.join().map_err(|_| std::io::ErrorKind::Other)?;
-            times
-        });
+        let all = threads
+            .into_iter()
+            .map(|thread| thread.join().map_err(|_| std::io::ErrorKind::Other)?);
         all.collect::<std::io::Result<Vec<_>>>()
     })?;
     let took = begun.elapsed().as_secs_f64();

@@ -9,6 +9,7 @@
 )]
 
 use std::error::Error;
+use std::fmt::Write as _;
 use std::fs;
 use std::io::{BufRead as _, BufReader};
 use std::net::SocketAddr;
@@ -179,8 +180,8 @@ fn orphans(peer: Peer) -> Outcome<(f64, usize)> {
     let before = until_some("all of them", || {
         Some(children(init).len()).filter(|count| *count >= ORPHANS)
     });
-    drop(fs::OpenOptions::new().write(true).open(&gate)?);
     let begun = Instant::now();
+    drop(fs::OpenOptions::new().write(true).open(&gate)?);
     let mut after = None;
     let took = loop {
         let left = children(init).len().saturating_sub(before - ORPHANS);
@@ -293,14 +294,16 @@ fn page(run: &Value, today: &str) -> String {
             cell(figure("orphansPerSecond"), 0),
             cell(figure("orphansLeft"), 0),
         ];
-        text += &format!("| {} | {} |\n", peer.name(), cells.join(" | "));
+        // A string takes everything.
+        let _ = writeln!(text, "| {} | {} |", peer.name(), cells.join(" | "));
     }
     text += "\n| `GET /v1/status` | connections | per second | p50 µs | p99 µs |\n| --- | --- | --- | --- | --- |\n";
     for connections in ["1", "64"] {
         for name in ["supervisor", "hyper"] {
             let of = |figure, digits| cell(requests_of(run, connections, name, figure), digits);
-            text += &format!(
-                "| {name} | {connections} | {} | {} | {} |\n",
+            let _ = writeln!(
+                text,
+                "| {name} | {connections} | {} | {} | {} |",
                 of("perSecond", 0),
                 of("p50Us", 0),
                 of("p99Us", 0)
