@@ -8,9 +8,11 @@ use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
+use e2e::binaries::binary;
 use e2e::device::{Device, Welcome};
-use e2e::machine::{GATEWAY_TOKEN, Machine, data, find, pair_device};
+use e2e::machine::{GATEWAY_TOKEN, Machine, data, find, pair_another, pair_device};
 use e2e::moto::Moto;
 use e2e::openclaw::{OpenClaw, prepare_script, require_approval};
 use e2e::supervisor::{Supervisor, is_alive, is_root};
@@ -140,6 +142,91 @@ fn gateway_killed_on_one_host_starts_on_another() -> Outcome {
 
     let mut supervisor = machine.start_elsewhere()?;
     check_traces(&machine, &mut supervisor, &device)
+}
+
+/// Whose gateway is stopped for a moment at each snapshot.
+const APART: u32 = 54_410;
+
+/// Snapshots in the middle of pairings, which write to the gateway's databases: each starts a gateway that knows every
+/// device that was paired before it.
+#[test]
+fn snapshots_of_a_gateway_at_work_start_a_gateway() -> Outcome {
+    if !is_root() {
+        return Ok(());
+    }
+    let folder = e2e::agent::folder();
+    let store = folder.path().join("store");
+    let settings = || vec![("RUNTIME_STORE", format!("file://{}", store.display()))];
+    let first = machine(folder.path(), settings())?;
+    give(&first.root(), APART)?;
+    let mut supervisor = first.start_apart(APART)?;
+    let mut snapshots = Vec::new();
+    let paired = AtomicUsize::new(0);
+    let is_over = AtomicBool::new(false);
+    std::thread::scope(|scope| -> Outcome {
+        let pairing = scope.spawn(|| -> Result<(), String> {
+            while !is_over.load(Ordering::Relaxed) {
+                pair_another(&supervisor).map_err(|error| error.to_string())?;
+                paired.fetch_add(1, Ordering::Relaxed);
+            }
+            Ok(())
+        });
+        let taken = (1..=2).try_for_each(|count| -> Outcome {
+            let before = paired.load(Ordering::Relaxed);
+            until("devices are paired", || {
+                pairing.is_finished() || paired.load(Ordering::Relaxed) > before + 3 * count
+            });
+            let known = paired.load(Ordering::Relaxed);
+            let backup = data(&supervisor, "POST", "/v1/backup")?;
+            let id = backup["snapshot"].as_str().ok_or("an id")?.to_owned();
+            snapshots.push((id, known));
+            Ok(())
+        });
+        is_over.store(true, Ordering::Relaxed);
+        pairing.join().map_err(|_| "the pairing panicked")??;
+        taken
+    })?;
+    assert_eq!(supervisor.stop(), Some(0), "{}", supervisor.log());
+    drop(supervisor);
+
+    for (id, known) in snapshots {
+        let record = store.join(format!("local/snapshots/{id}.json"));
+        let record: Value = serde_json::from_slice(&fs::read(record)?)?;
+        assert_eq!(record["consistency"], "instant", "{record:#}");
+        assert!(record["pauseMs"].is_u64(), "{record:#}");
+
+        let second = machine(&folder.path().join(&id), Vec::new())?;
+        fs::remove_dir_all(second.root())?;
+        let restored = Command::new(binary("backup-agent"))
+            .args(["restore", &id, "--target"])
+            .arg(second.root())
+            .envs(settings())
+            .env("RUNTIME_STATE", folder.path().join("by-hand"))
+            .output()?;
+        assert!(restored.status.success(), "{restored:?}");
+        let mut supervisor = second.start_elsewhere()?;
+        let devices = data(&supervisor, "GET", "/v1/devices")?;
+        let paired = devices["paired"].as_array().map_or(0, Vec::len);
+        assert!(paired >= known, "{paired} of {known} devices");
+        assert_eq!(supervisor.stop(), Some(0), "{}", supervisor.log());
+        let scratch = tempfile::tempdir()?;
+        second
+            .openclaw
+            .check_databases(&second.root(), scratch.path())?;
+    }
+    Ok(())
+}
+
+/// Everything below belongs to this user from now on.
+fn give(path: &Path, uid: u32) -> Outcome {
+    let owner = format!("{uid}:{uid}");
+    let status = Command::new("chown")
+        .arg("-R")
+        .arg(owner)
+        .arg(path)
+        .status()?;
+    assert!(status.success());
+    Ok(())
 }
 
 /// The script alone, where a gateway would hide what it did.

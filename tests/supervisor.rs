@@ -8,7 +8,7 @@ use std::os::unix::process::CommandExt as _;
 use std::path::Path;
 
 use e2e::http;
-use e2e::supervisor::{Setup, Supervisor, TOKEN, failure, is_alive, is_root, snapshot};
+use e2e::supervisor::{Setup, Supervisor, TOKEN, children, failure, is_alive, is_root, snapshot};
 use e2e::wait::until;
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::signal::{Signal, kill};
@@ -129,18 +129,8 @@ fn the_gateway_starts_clean_whatever_the_supervisor_was_started_with() {
     // A descriptor that survives exec, and an ignored signal, as a careless parent leaves them.
     let leak = fs::File::open("/dev/null").expect("is there");
     fcntl(&leak, FcntlArg::F_SETFD(FdFlag::empty())).expect("is our descriptor");
-    let inner = setup.program();
-    let mut program = std::process::Command::new("/bin/sh");
-    program
-        .args(["-c", "trap '' HUP USR1 QUIT; exec \"$0\" \"$@\""])
-        .arg(inner.get_program());
-    program.args(inner.get_args()).env_clear();
-    program.envs(
-        inner
-            .get_envs()
-            .filter_map(|(name, value)| Some((name, value?))),
-    );
-    program.stderr(std::process::Stdio::piped());
+    let script = "trap '' HUP USR1 QUIT; exec \"$0\" \"$@\"";
+    let program = setup.program_below(&["/bin/sh", "-c", script]);
     let supervisor = setup.start_as(program);
     let own = fs::read_link(format!(
         "/proc/{}/fd/{}",
@@ -331,20 +321,6 @@ fn a_signal_that_killed_the_gateway_is_reported_by_name() {
 }
 
 #[test]
-fn every_exit_code_is_reported_as_it_is() {
-    let supervisor = Setup::new().start();
-    for (position, code) in [1, 2, 64, 127, 128, 254, 255].into_iter().enumerate() {
-        supervisor.until_running(position + 1);
-        tell_gateway(&supervisor, &format!("/exit/{code}"));
-        until("the exit", || {
-            supervisor.status()["gateway"]["lastExit"]["code"] == code
-        });
-        // Not to wait for ever longer.
-        assert_eq!(supervisor.post("/v1/restart").status, 202);
-    }
-}
-
-#[test]
 fn a_command_that_is_not_there_is_127_and_one_that_is_no_program_126() {
     let setup = Setup::new().command(&["no-such-command"]);
     let supervisor = setup.start();
@@ -433,12 +409,9 @@ fn orphans_are_reaped() {
     setup.behave(&json!({ "orphans": true }));
     let supervisor = setup.start();
     supervisor.until_running(1);
-    let children = || {
-        let path = format!("/proc/{0}/task/{0}/children", supervisor.pid());
-        let text = fs::read_to_string(path).expect("the supervisor is there");
-        text.split_whitespace().count()
-    };
-    until("the gateway to be the only child", || children() == 1);
+    until("the gateway to be the only child", || {
+        children(supervisor.pid().as_raw()).len() == 1
+    });
 }
 
 #[test]

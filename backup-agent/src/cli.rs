@@ -28,11 +28,7 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 pub enum Verb {
     /// Take a snapshot of the root; uploads nothing when nothing changed
-    Backup {
-        /// Write the snapshot beside the history, as a fork: the head stays where it is
-        #[arg(long)]
-        fork: bool,
-    },
+    Backup(Backup),
     /// Bring a snapshot back; a tree that already equals it is left alone
     Restore(Restore),
     /// Check that everything a snapshot names is there and what it was written as
@@ -63,6 +59,20 @@ pub enum Verb {
         #[arg(long, value_name = "URL")]
         from: String,
     },
+}
+
+/// How to take a snapshot.
+#[derive(Debug, Args)]
+pub struct Backup {
+    /// Write the snapshot beside the history, as a fork: the head stays where it is
+    #[arg(long)]
+    pub fork: bool,
+    /// Stop every process of this user for a moment, so that the snapshot is of one instant
+    #[arg(long, value_name = "USER")]
+    pub freeze_user: Option<String>,
+    /// The longest that moment may be, such as 250ms; 0 for never
+    #[arg(long, value_name = "DURATION")]
+    pub max_pause: Option<String>,
 }
 
 /// What to bring back, and where to.

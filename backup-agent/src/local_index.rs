@@ -13,12 +13,12 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     archive::{
-        entry::{Entry, Kind, compare, weight},
+        entry::{Entry, Kind, compare},
         index::{IndexReader, IndexWriter},
         merge::Merge,
+        spool::{Spool, SpoolReader},
     },
     error::Error,
-    snapshot::{layers::Size, record::Layer},
     tree::{
         exclude::Excludes,
         read,
@@ -36,7 +36,7 @@ struct LocalHeader {
 }
 
 /// The time that file systems give to files now: it advances in ticks of some milliseconds.
-fn file_clock() -> Result<i64, Error> {
+pub fn file_clock() -> Result<i64, Error> {
     let now =
         clock_gettime(ClockId::CLOCK_REALTIME_COARSE).map_err(Error::local("read", "the clock"))?;
     Ok(now.tv_sec() * 1_000_000_000 + now.tv_nsec())
@@ -46,11 +46,11 @@ fn file_clock() -> Result<i64, Error> {
 pub struct LocalIndex(IndexWriter);
 
 impl LocalIndex {
-    /// An index of `snapshot`, begun before the walk that fills it.
-    pub fn new(file: File, snapshot: &str) -> Result<Self, Error> {
+    /// An index of `snapshot`; `started`: the [`file_clock`] before the walk that it is about.
+    pub fn new(file: File, snapshot: &str, started: i64) -> Result<Self, Error> {
         let header = LocalHeader {
             snapshot: snapshot.to_owned(),
-            started: file_clock()?,
+            started,
         };
         let line = serde_json::to_vec(&header)
             .expect("a header has string keys and no failing serializer");
@@ -68,10 +68,11 @@ impl LocalIndex {
             .map_err(Error::local("write", "the index under way"))
     }
 
+    /// Ends it. It is not synced: what a power cut leaves of it fails its checksum, and it is made again from the layers.
     pub fn finish(self) -> Result<(), Error> {
         self.0
             .finish()
-            .and_then(|file| file.sync_all())
+            .map(drop)
             .map_err(Error::local("write", "the index under way"))
     }
 }
@@ -115,8 +116,8 @@ impl Known {
     }
 
     /// The index of `snapshot`, which has that many layers.
-    pub fn open(file: File, snapshot: &str, layers: usize) -> Result<Self, Unreadable> {
-        let mut lines = IndexReader::new(file).map_err(|_| Unreadable)?;
+    pub fn open(index: &Spool, snapshot: &str, layers: usize) -> Result<Self, Unreadable> {
+        let mut lines = IndexReader::new(index.reader()).map_err(|_| Unreadable)?;
         let line = lines.line().ok().flatten().ok_or(Unreadable)?;
         let header: LocalHeader = serde_json::from_slice(line).map_err(|_| Unreadable)?;
         if header.snapshot != snapshot {
@@ -182,7 +183,10 @@ impl Known {
 }
 
 /// Reads an index to its end, for as long as somebody takes what it has.
-fn read_ahead(mut lines: IndexReader<File>, sender: &SyncSender<Result<Vec<Entry>, Unreadable>>) {
+fn read_ahead(
+    mut lines: IndexReader<SpoolReader>,
+    sender: &SyncSender<Result<Vec<Entry>, Unreadable>>,
+) {
     loop {
         let mut batch = Vec::with_capacity(BATCH);
         while batch.len() < BATCH {
@@ -227,7 +231,7 @@ pub fn is_equal(found: &Found<'_>, known: &Entry) -> bool {
         Kind::File => read::open(found.parent, found.name)
             .ok()
             .flatten()
-            .is_some_and(|mut content| read::is_equal(&mut content, known)),
+            .is_some_and(|content| read::is_equal(&content, known)),
         Kind::Dir => found.directory.is_some_and(|directory| {
             read::xattrs(directory).is_ok_and(|xattrs| xattrs == known.xattrs)
         }),
@@ -236,9 +240,9 @@ pub fn is_equal(found: &Found<'_>, known: &Entry) -> bool {
 }
 
 /// Why a comparison ended early.
-pub enum Walk {
+enum Walk {
+    /// The tree is not what the index has, or the index cannot be read.
     Differs,
-    Unreadable,
     Failed(Error),
 }
 
@@ -250,7 +254,7 @@ impl From<Error> for Walk {
 
 impl From<Unreadable> for Walk {
     fn from(_: Unreadable) -> Self {
-        Self::Unreadable
+        Self::Differs
     }
 }
 
@@ -285,73 +289,8 @@ pub fn is_tree_same(
     });
     match rest {
         Ok(()) => Ok(true),
-        Err(Walk::Differs | Walk::Unreadable) => Ok(false),
+        Err(Walk::Differs) => Ok(false),
         Err(Walk::Failed(error)) => Err(error),
-    }
-}
-
-/// What changed since the last snapshot, in numbers.
-#[derive(Default)]
-pub struct Survey {
-    /// Paths that are new, changed or gone.
-    pub changes: u64,
-    /// About the bytes that they take in a tar stream.
-    pub changed: u64,
-    /// What the tree still needs of each layer.
-    pub layers: Vec<Size>,
-}
-
-/// Compares the tree with the last snapshot, which has these layers.
-pub fn survey(
-    root: &Path,
-    excludes: &Excludes,
-    mut known: Known,
-    layers: &[Layer],
-) -> Result<Survey, Walk> {
-    let started = known.started;
-    let sizes = layers.iter().map(|layer| Size {
-        whole: layer.raw_size,
-        live: 0,
-    });
-    let mut survey = Survey {
-        layers: sizes.collect(),
-        ..Survey::default()
-    };
-    let visit = |found: Found<'_>| {
-        while let Some(gone) = known.before(&found.entry.path)? {
-            survey.gone(&gone);
-        }
-        match known.at(&found.entry.path)? {
-            Some(entry) if !is_changed(&found, &entry, started, Racy::Read) => survey.keep(&entry),
-            _ => survey.change(found.allocated.min(found.entry.size)),
-        }
-        Ok::<_, Walk>(Verdict::Taken)
-    };
-    scan::walk(root, excludes, visit, |_, _| ())?;
-    while let Some(gone) = known.rest()? {
-        survey.gone(&gone);
-    }
-    Ok(survey)
-}
-
-impl Survey {
-    fn keep(&mut self, entry: &Entry) {
-        if let Some(layer) = entry.layers.last() {
-            self.layers[*layer as usize].live += entry.weight();
-        }
-    }
-
-    fn change(&mut self, data: u64) {
-        self.changes += 1;
-        self.changed = self.changed.saturating_add(weight(data));
-    }
-
-    fn gone(&mut self, entry: &Entry) {
-        if entry.kind == Kind::Deleted {
-            self.keep(entry);
-        } else {
-            self.change(0);
-        }
     }
 }
 
@@ -373,7 +312,7 @@ pub fn adopt(
     file: File,
     trust: Trust,
 ) -> Result<(), Error> {
-    let mut index = LocalIndex::new(file, snapshot)?;
+    let mut index = LocalIndex::new(file, snapshot, file_clock()?)?;
     let mut next = merge.next()?;
     let visit = |found: Found<'_>| {
         while let Some(word) =

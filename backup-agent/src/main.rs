@@ -20,13 +20,18 @@ mod tree;
 use std::{
     io::{IsTerminal, Write},
     process::ExitCode,
+    time::Duration,
 };
 
 use clap::Parser;
 
-use crate::{cli::Cli, config::Config, error::Chain};
+use crate::{cli::Cli, config::Config, error::Chain, tree::freeze};
 
 fn main() -> ExitCode {
+    if let Some(limit) = guards() {
+        freeze::guard(limit);
+        return ExitCode::SUCCESS;
+    }
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(help) => {
@@ -74,4 +79,12 @@ fn main() -> ExitCode {
             ExitCode::from(exit)
         }
     }
+}
+
+/// The agent runs itself as a guard of its own: for how long, if this is one.
+fn guards() -> Option<Duration> {
+    let mut arguments = std::env::args_os().skip(1);
+    (arguments.next()? == freeze::GUARD).then_some(())?;
+    let millis = arguments.next()?.to_str()?.parse().ok()?;
+    Some(Duration::from_millis(millis))
 }

@@ -13,6 +13,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use crate::{
+    archive::spool::Spool,
     config::Config,
     error::Error,
     log,
@@ -143,9 +144,15 @@ impl State {
         self.facts.root.is_some() && self.facts.root == root_id(root)
     }
 
-    /// An empty file for an index under way, and where to put it when it is whole.
+    /// An empty file for an index under way. Whoever still reads an earlier one goes on reading that.
     pub fn index_under_way(&self) -> Result<File, Error> {
-        self.scratch(INDEX_UNDER_WAY)
+        let path = self.directory.join(INDEX_UNDER_WAY);
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                Err(Error::local("remove", path)(error))
+            }
+            _ => self.scratch(INDEX_UNDER_WAY),
+        }
     }
 
     /// Makes the index under way the index of the last snapshot.
@@ -171,12 +178,12 @@ impl State {
     }
 
     /// The index of a snapshot to compare the tree with: the last one, or the one under way.
-    pub fn index(&self, which: Which) -> Option<File> {
+    pub fn index(&self, which: Which) -> Option<Spool> {
         let name = match which {
             Which::Last => INDEX,
             Which::UnderWay => INDEX_UNDER_WAY,
         };
-        File::open(self.directory.join(name)).ok()
+        File::open(self.directory.join(name)).ok().map(Spool::new)
     }
 
     fn replace(&self, name: &str, fill: impl FnOnce(&File) -> io::Result<()>) -> Result<(), Error> {

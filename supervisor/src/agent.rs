@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use nix::sys::signal::{Signal, kill};
+use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 use tokio::io::AsyncReadExt as _;
@@ -147,7 +147,7 @@ pub fn start(
             Verb::Backup | Verb::Fork | Verb::Prune => config.backup_timeout,
         };
     let (cancel, cancelled) = oneshot::channel();
-    let secrets = config.secrets.clone();
+    let (reaper, secrets) = (reaper.clone(), config.secrets.clone());
     let started = reaper.spawn(&mut command).and_then(|(mut child, exit)| {
         let pid = pid(&child);
         let output = child.stdout.take().expect("was asked to be piped");
@@ -168,7 +168,7 @@ pub fn start(
                     let progress = Progress::read(line);
                     progress.map(&tell).is_none()
                 }));
-                let (exit, is_late) = supervise(pid, exit, cancelled, limit).await;
+                let (exit, is_late) = supervise(&reaper, pid, exit, cancelled, limit).await;
                 // The pipes may outlive the agent when something of its own holds them; its answer does not.
                 let text = timeout(Duration::from_secs(1), reading).await;
                 let text = text.ok().and_then(Result::ok).unwrap_or_default();
@@ -209,8 +209,9 @@ async fn read(output: pipe::Receiver) -> Vec<u8> {
     text
 }
 
-/// Waits for the exit, and enforces it when cancelled or late. The pid is ours until its exit has come through.
+/// Waits for the exit, and enforces it when cancelled or late.
 async fn supervise(
+    reaper: &Reaper,
     pid: Pid,
     mut exit: oneshot::Receiver<Exit>,
     cancelled: oneshot::Receiver<()>,
@@ -224,12 +225,12 @@ async fn supervise(
         Ok(()) = cancelled => {}
         () = sleep_until(deadline) => is_late = true,
     }
-    let _ = kill(pid, Signal::SIGTERM);
+    reaper.signal(pid, Signal::SIGTERM);
     tokio::select! {
         exit = &mut exit => return (exit.expect(LOST), is_late),
         () = sleep(GRACE) => {}
     }
-    let _ = kill(pid, Signal::SIGKILL);
+    reaper.signal(pid, Signal::SIGKILL);
     (exit.await.expect(LOST), is_late)
 }
 

@@ -45,6 +45,14 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_wall_clock_that_is_far_off_is_shown_and_no_panic() {
+        let before = SystemTime::UNIX_EPOCH - Duration::from_secs(DAY);
+        assert_eq!(rfc3339(before), "1970-01-01T00:00:00.000Z");
+        let after = SystemTime::UNIX_EPOCH + Duration::from_secs(1 << 40);
+        assert_eq!(rfc3339(after), "36812-02-20T00:36:16.000Z");
+    }
+
+    #[test]
     fn dates_are_right_around_leap_days_and_centuries() {
         for (seconds, text) in [
             (0, "1970-01-01T00:00:00.000Z"),

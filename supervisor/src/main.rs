@@ -10,6 +10,7 @@ mod error;
 mod gateway;
 mod healthcheck;
 mod log;
+mod oom;
 mod owner;
 mod reaper;
 mod redact;
@@ -128,7 +129,14 @@ fn supervise(config: Config, signals: Signals) -> Result<bool, Error> {
         let place = panic.location().map(ToString::to_string);
         log!(Error, "panicked", at = place);
     }));
-    // Orphans come to us even when we are not PID 1.
+    let is_adopting = std::process::id() == 1 || prctl::get_child_subreaper() == Ok(true);
+    if !is_adopting {
+        log!(
+            Warn,
+            "neither PID 1 nor a subreaper: made a subreaper, so that the gateway's orphans come here"
+        );
+    }
+    // A child's orphans come to us even when we are not PID 1.
     prctl::set_child_subreaper(true).map_err(|error| start("adopting orphans")(error.into()))?;
     let executable = agent::executable().map_err(start("finding the backup-agent"))?;
     if !executable.is_file() {
@@ -204,7 +212,18 @@ fn warn(config: &Config) {
             Warn,
             "the gateway runs as root: it can read everything that the runtime can"
         );
-    } else if let Some((names, failing)) = capabilities::missing() {
+        return;
+    }
+    for (name, file) in &config.secret_files {
+        if config.user.can_read(file) {
+            log!(
+                Error,
+                "the gateway's user can read a secret: let root alone read its file",
+                setting = format!("{name}_FILE")
+            );
+        }
+    }
+    if let Some((names, failing)) = capabilities::missing() {
         log!(
             Error,
             "root lacks capabilities: add them, as with docker run --cap-add",

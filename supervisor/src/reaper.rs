@@ -1,7 +1,8 @@
 //! The one place that waits for children: ours, and the orphans that arrive at PID 1.
 //!
-//! Invariant: a child is known before it can be reaped, because it is started and entered under the same lock that reaping
-//! takes. `tokio::process` is not used anywhere: two waiters would steal each other's statuses.
+//! Invariants: a child is known before it can be reaped, because it is started and entered under the same lock that reaping
+//! takes; from the wait to the hand-over nothing is allocated, so no exit is lost for lack of memory. `tokio::process` is not
+//! used anywhere: two waiters would steal each other's statuses.
 
 use std::collections::HashMap;
 use std::io;
@@ -9,11 +10,16 @@ use std::os::unix::process::ExitStatusExt as _;
 use std::process::{Child, Command, ExitStatus};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use nix::unistd::Pid;
+use nix::sys::signal::{SigSet, SigmaskHow, Signal, kill};
+use nix::unistd::{ForkResult, Pid, fork};
 use tokio::sync::oneshot;
+use tokio::task::yield_now;
 
 use crate::log::log;
 use crate::signals::Wakeups;
+
+/// Reaped in one go, before everything else gets a turn: orphans that never end must not keep PID 1 from its work.
+const BATCH: usize = 256;
 
 /// How a process ended: by itself with a code, or by a signal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,30 +37,69 @@ impl Reaper {
     /// Starts a child. Its exit comes through the receiver, once.
     pub fn spawn(&self, command: &mut Command) -> io::Result<(Child, oneshot::Receiver<Exit>)> {
         let mut children = self.children();
-        let child = command.spawn()?;
+        // All that can fail is done before there is a child.
+        children.reserve(1);
         let (sender, receiver) = oneshot::channel();
+        let child = command.spawn()?;
         children.insert(pid(&child).as_raw(), sender);
         Ok((child, receiver))
+    }
+
+    /// Runs `work` in a copy of us, which then exits: 0 when it says so, else 1.
+    ///
+    /// `work` may make system calls that are safe in a signal handler, and nothing else.
+    #[allow(unsafe_code)]
+    pub fn fork(&self, work: impl FnOnce() -> bool) -> io::Result<oneshot::Receiver<Exit>> {
+        let mut children = self.children();
+        children.reserve(1);
+        let (sender, receiver) = oneshot::channel();
+        // Our handlers write to pipes that the copy shares with us: a signal to it would be taken for one to us.
+        let mask = SigSet::all().thread_swap_mask(SigmaskHow::SIG_SETMASK)?;
+        // SAFETY: the copy does `work`, which keeps to what is allowed here, and leaves without unwinding or clean-up.
+        let forked = unsafe { fork() };
+        if let Ok(ForkResult::Child) = forked {
+            let code = i32::from(!work());
+            // SAFETY: ends the process at once; no memory is involved.
+            unsafe { libc::_exit(code) }
+        }
+        mask.thread_set_mask()?;
+        if let ForkResult::Parent { child } = forked? {
+            children.insert(child.as_raw(), sender);
+        }
+        Ok(receiver)
+    }
+
+    /// Signals a child that has not been reaped, so that the pid is still its own; any other is left alone.
+    pub fn signal(&self, pid: Pid, signal: Signal) {
+        if self.children().contains_key(&pid.as_raw()) {
+            let _ = kill(pid, signal);
+        }
     }
 
     /// Reaps at every SIGCHLD, for ever.
     pub async fn run(self, mut wakeups: Wakeups) {
         loop {
             wakeups.next().await;
-            self.reap();
+            while self.reap() {
+                yield_now().await;
+            }
         }
     }
 
-    /// Reaps everything that has ended: one SIGCHLD may stand for many.
-    fn reap(&self) {
+    /// Reaps what has ended, for one SIGCHLD may stand for many; returns whether there may be more.
+    fn reap(&self) -> bool {
         let mut children = self.children();
-        while let Some((pid, exit)) = wait() {
+        for _ in 0..BATCH {
+            let Some((pid, exit)) = wait() else {
+                return false;
+            };
             match children.remove(&pid) {
                 // The receiver is gone when nobody cares any more.
                 Some(known) => drop(known.send(exit)),
                 None => log!(Debug, "orphan reaped", pid = pid),
             }
         }
+        true
     }
 
     fn children(&self) -> MutexGuard<'_, Children> {
@@ -95,10 +140,62 @@ impl Exit {
     /// The name of the signal, as `kill -l` knows it.
     pub fn signal_name(self) -> Option<String> {
         self.signal.map(|number| {
-            nix::sys::signal::Signal::try_from(number).map_or_else(
+            Signal::try_from(number).map_or_else(
                 |_| format!("SIG{number}"),
                 |signal| signal.as_str().to_owned(),
             )
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::alloc::{GlobalAlloc, Layout, System};
+    use std::cell::Cell;
+    use std::thread::yield_now;
+
+    use super::*;
+
+    /// The system's allocator, which counts the requests of each thread.
+    struct Counting;
+
+    thread_local! {
+        static REQUESTS: Cell<usize> = const { Cell::new(0) };
+    }
+
+    #[global_allocator]
+    static ALLOCATOR: Counting = Counting;
+
+    // SAFETY: everything is passed on as it is.
+    #[allow(unsafe_code)]
+    unsafe impl GlobalAlloc for Counting {
+        unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+            REQUESTS.set(REQUESTS.get() + 1);
+            // SAFETY: as the caller promises.
+            unsafe { System.alloc(layout) }
+        }
+
+        unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+            // SAFETY: as the caller promises.
+            unsafe { System.dealloc(pointer, layout) }
+        }
+    }
+
+    #[test]
+    fn from_the_wait_to_the_hand_over_nothing_is_allocated() {
+        let reaper = Reaper::default();
+        let (_, mut known) = reaper.spawn(&mut Command::new("true")).expect("runs");
+        let (_, unknown) = reaper.spawn(&mut Command::new("false")).expect("runs");
+        drop(unknown);
+        let before = REQUESTS.get();
+        while !reaper.children().is_empty() {
+            reaper.reap();
+            yield_now();
+        }
+        let exit = known.try_recv();
+        assert_eq!(REQUESTS.get(), before);
+        let exit = exit.expect("was handed over");
+        assert_eq!((exit.code, exit.signal), (Some(0), None));
+        assert!(before > 0, "it counts");
     }
 }

@@ -7,6 +7,7 @@ use std::io;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
+use nix::sys::signal::SigSet;
 use signal_hook::consts::{SIGCHLD, SIGHUP, SIGINT, SIGTERM};
 use signal_hook::flag;
 use signal_hook::low_level::pipe;
@@ -27,6 +28,8 @@ impl Signals {
         pipe::register(SIGTERM, wake.try_clone()?)?;
         pipe::register(SIGINT, wake)?;
         flag::register(SIGHUP, Arc::default())?;
+        // Whoever started us may have blocked them, and a mask survives exec.
+        SigSet::empty().thread_set_mask()?;
         Ok(Self {
             children,
             termination,

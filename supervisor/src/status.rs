@@ -19,7 +19,7 @@ pub struct Status {
     /// Since when `gateway` is what it is.
     pub since: SystemTime,
     pub restarts: u64,
-    pub last_exit: Option<(Exit, SystemTime)>,
+    pub last_exit: Option<LastExit>,
     /// When the gateway, or a restore that failed, is tried again.
     pub next_attempt: Option<SystemTime>,
     /// The end of what the gateway wrote on its standard error, and whether that is of interest: it fails again and again.
@@ -39,6 +39,30 @@ pub struct Status {
     pub restored: Option<String>,
     pub restore_error: Option<String>,
     pub openclaw: Option<String>,
+}
+
+#[derive(Clone, Copy, Debug)]
+pub struct LastExit {
+    pub exit: Exit,
+    /// Whether the kernel killed it because memory ran out.
+    pub is_oom: bool,
+    pub at: SystemTime,
+}
+
+impl LastExit {
+    pub fn now(exit: Exit, is_oom: bool) -> Self {
+        let at = SystemTime::now();
+        Self { exit, is_oom, at }
+    }
+
+    fn render(self) -> Value {
+        json!({
+            "code": self.exit.code,
+            "signal": self.exit.signal_name(),
+            "reason": self.is_oom.then_some("oom"),
+            "at": rfc3339(self.at),
+        })
+    }
 }
 
 impl Status {
@@ -69,9 +93,6 @@ impl Status {
 
     /// `data` of the answer.
     pub fn render(&self, config: &Config, uptime_seconds: u64) -> Value {
-        let last_exit = self.last_exit.map(|(exit, at)| {
-            json!({ "code": exit.code, "signal": exit.signal_name(), "at": rfc3339(at) })
-        });
         let (error, error_at) = match &self.backup_error {
             Some((error, at)) => (Some(error), Some(rfc3339(*at))),
             None => (None, None),
@@ -82,7 +103,7 @@ impl Status {
                 "pid": self.pid,
                 "since": rfc3339(self.since),
                 "restarts": self.restarts,
-                "lastExit": last_exit,
+                "lastExit": self.last_exit.map(LastExit::render),
                 "nextAttemptAt": self.next_attempt.map(rfc3339),
                 "stderrTail": self.stderr_tail(config),
             },

@@ -9,6 +9,7 @@ pub mod device;
 pub mod edge;
 pub mod golden;
 pub mod http;
+pub mod ledger;
 pub mod machine;
 pub mod moto;
 pub mod openclaw;

@@ -74,27 +74,47 @@ impl Machine {
     /// Starts as if on a machine with another name.
     pub fn start_elsewhere(&self) -> Outcome<Supervisor> {
         let (setup, program) = self.setup()?;
-        let mut elsewhere = Command::new("unshare");
-        elsewhere
-            .args([
-                "--uts",
-                "sh",
-                "-c",
-                "hostname elsewhere && exec \"$0\" \"$@\"",
-            ])
-            .arg(program.get_program())
-            .args(program.get_args())
-            .env_clear()
-            .envs(
-                program
-                    .get_envs()
-                    .filter_map(|(name, value)| Some((name, value?))),
-            )
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::piped());
+        let elsewhere = within("--uts", "hostname elsewhere", &program);
         ready(setup.start_as(elsewhere))
     }
+
+    /// Starts with a gateway that is another user, as in the image. The disk has to let that user in.
+    pub fn start_apart(&self, uid: u32) -> Outcome<Supervisor> {
+        let (setup, _) = self.setup()?;
+        let setup = setup.with("RUNTIME_GATEWAY_USER", &uid.to_string());
+        // The installation is in our own home, where no other user gets to; here they get to it.
+        let installed = self.disk.join("openclaw");
+        fs::create_dir_all(&installed)?;
+        let mut program = setup.program();
+        let bin = installed.join("bin").display().to_string();
+        program.env("PATH", format!("{bin}:/usr/local/bin:/usr/bin:/bin"));
+        let mount = format!(
+            "mount --bind '{}' '{}'",
+            self.openclaw.folder().display(),
+            installed.display()
+        );
+        ready(setup.start_as(within("--mount", &mount, &program)))
+    }
+}
+
+/// The program in a namespace of its own, which a command prepares.
+fn within(namespace: &str, prepare: &str, program: &Command) -> Command {
+    let mut within = Command::new("unshare");
+    within
+        .args([namespace, "sh", "-c"])
+        .arg(format!("{prepare} && exec \"$0\" \"$@\""))
+        .arg(program.get_program())
+        .args(program.get_args())
+        .env_clear()
+        .envs(
+            program
+                .get_envs()
+                .filter_map(|(name, value)| Some((name, value?))),
+        )
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped());
+    within
 }
 
 /// Waits for the gateway, which takes longer than anything else in these tests.
@@ -127,8 +147,15 @@ pub fn find<'a>(list: &'a Value, key: &str, value: &str) -> &'a Value {
         .unwrap_or(&Value::Null)
 }
 
-/// Pairs a device through the API.
+/// Pairs the first device through the API.
 pub fn pair_device(supervisor: &Supervisor) -> Outcome<Device> {
+    let devices = data(supervisor, "GET", "/v1/devices")?;
+    assert_eq!(devices["paired"], Value::Array(Vec::new()));
+    pair_another(supervisor)
+}
+
+/// Pairs a device through the API.
+pub fn pair_another(supervisor: &Supervisor) -> Outcome<Device> {
     let gateway = supervisor.setup.gateway;
     let device = Device::new()?;
     let Welcome::Pending(request) = device.connect(gateway, GATEWAY_TOKEN)? else {
@@ -139,7 +166,6 @@ pub fn pair_device(supervisor: &Supervisor) -> Outcome<Device> {
         find(&devices["pending"], "requestId", &request)["deviceId"],
         device.id()
     );
-    assert_eq!(devices["paired"], Value::Array(Vec::new()));
 
     let approval = data(
         supervisor,

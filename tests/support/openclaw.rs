@@ -28,6 +28,11 @@ impl OpenClaw {
         })
     }
 
+    /// Where it is installed: `bin` is in there.
+    pub fn folder(&self) -> &Path {
+        self.bin.parent().unwrap_or(&self.bin)
+    }
+
     /// The search path to run it with: its own programs first, then the system's.
     #[must_use]
     pub fn search_path(&self) -> OsString {

@@ -1,8 +1,9 @@
 //! A supervisor under test with a fake gateway and a fake agent, in a folder of its own.
 
+use std::ffi::OsStr;
 use std::fs::{self, Permissions};
 use std::io::{BufRead as _, BufReader};
-use std::net::{SocketAddr, TcpListener};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -63,9 +64,7 @@ impl Setup {
         place(&binary("supervisor"), &programs.join("supervisor"));
         place(&binary("fake-agent"), &programs.join("backup-agent"));
         place(&binary("fake-gateway"), &fake.join("fake-gateway"));
-        let gateway = TcpListener::bind("127.0.0.1:0")
-            .and_then(|listener| listener.local_addr())
-            .expect("there is a free port");
+        let gateway = free_address();
         let settings = [
             ("RUNTIME_SERVICE_TOKEN", TOKEN.to_owned()),
             ("RUNTIME_LISTEN", "127.0.0.1:0".to_owned()),
@@ -175,26 +174,26 @@ impl Setup {
         program
     }
 
+    /// Likewise, as the arguments of another program that executes it.
+    pub fn program_below(&self, words: &[&str]) -> Command {
+        let inner = self.program();
+        let mut program = Command::new(words[0]);
+        program.args(&words[1..]);
+        program.arg(inner.get_program()).args(inner.get_args());
+        let set =
+            |(name, value): (&OsStr, Option<&OsStr>)| Some((name.to_owned(), value?.to_owned()));
+        program.env_clear().envs(inner.get_envs().filter_map(set));
+        program.stdin(Stdio::null()).stderr(Stdio::piped());
+        program
+    }
+
     pub fn start(self) -> Supervisor {
         let program = self.program();
         self.start_as(program)
     }
 
-    pub fn start_as(self, mut program: Command) -> Supervisor {
-        let mut child = program.spawn().expect("the supervisor can be executed");
-        let log = Arc::new(Mutex::new(Vec::new()));
-        let (written, stderr) = (log.clone(), child.stderr.take().expect("was piped"));
-        std::thread::spawn(move || {
-            for line in BufReader::new(stderr).lines().map_while(Result::ok) {
-                written.lock().expect("nobody panics with it").push(line);
-            }
-        });
-        let mut supervisor = Supervisor {
-            setup: self,
-            child,
-            log,
-            api: SocketAddr::from(([127, 0, 0, 1], 0)),
-        };
+    pub fn start_as(self, program: Command) -> Supervisor {
+        let mut supervisor = self.spawn(program);
         supervisor.api = until_some("the address of the API", || {
             let line = supervisor
                 .log()
@@ -205,6 +204,31 @@ impl Setup {
             line["address"].as_str()?.parse().ok()
         });
         supervisor
+    }
+
+    /// For one that cannot log where it listens.
+    pub fn start_at(self, api: SocketAddr, program: Command) -> Supervisor {
+        let mut supervisor = self.spawn(program);
+        supervisor.api = api;
+        until("the API", || TcpStream::connect(api).is_ok());
+        supervisor
+    }
+
+    fn spawn(self, mut program: Command) -> Supervisor {
+        let mut child = program.spawn().expect("the supervisor can be executed");
+        let log = Arc::new(Mutex::new(Vec::new()));
+        let (written, stderr) = (log.clone(), child.stderr.take().expect("was piped"));
+        std::thread::spawn(move || {
+            for line in BufReader::new(stderr).lines().map_while(Result::ok) {
+                written.lock().expect("nobody panics with it").push(line);
+            }
+        });
+        Supervisor {
+            setup: self,
+            child,
+            log,
+            api: SocketAddr::from(([127, 0, 0, 1], 0)),
+        }
     }
 }
 
@@ -309,6 +333,14 @@ pub fn is_alive(pid: i64) -> bool {
         .any(|line| line.starts_with("State:") && !line.contains('Z'))
 }
 
+/// The children of a process, the dead ones that it has not reaped included.
+pub fn children(pid: i32) -> Vec<i32> {
+    let list = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"));
+    let list = list.unwrap_or_default();
+    let pids = list.split_whitespace().map(str::parse);
+    pids.collect::<Result<_, _>>().expect("is a list of pids")
+}
+
 /// A test that needs root says so and ends, when we are not.
 pub fn is_root() -> bool {
     let is_root = nix::unistd::geteuid().is_root();
@@ -342,6 +374,13 @@ pub fn place(from: &Path, to: &Path) {
         let copied = Command::new("cp").arg(from).arg(to).status();
         assert!(copied.is_ok_and(|status| status.success()), "can copy");
     }
+}
+
+/// Where nobody listens.
+pub fn free_address() -> SocketAddr {
+    TcpListener::bind("127.0.0.1:0")
+        .and_then(|listener| listener.local_addr())
+        .expect("there is a free port")
 }
 
 fn open_to_all(folder: &Path) {

@@ -1,6 +1,6 @@
 //! One path of a snapshot, and its line in an index.
 
-use std::{cmp::Ordering, collections::BTreeMap};
+use std::{borrow::Cow, cmp::Ordering, collections::BTreeMap};
 
 use base64::{Engine, prelude::BASE64_STANDARD};
 use serde::{Deserialize, Serialize};
@@ -94,6 +94,50 @@ pub struct Stamp {
     /// Nanoseconds since the epoch.
     pub ctime: i64,
     pub ino: u64,
+    /// The file has more than one name.
+    pub is_linked: bool,
+}
+
+/// Where a file's bytes are: its runs of data (offset and length, ascending) one after the other from `start` on, holes
+/// between them.
+pub fn extents(runs: &[(u64, u64)], size: u64, start: u64) -> Vec<Extent> {
+    let mut extents = Vec::with_capacity(runs.len());
+    let (mut at, mut stored) = (0, start);
+    for &(offset, length) in runs {
+        if offset > at {
+            extents.push(Extent::Hole {
+                length: offset - at,
+            });
+        }
+        if length > 0 {
+            extents.push(Extent::Data {
+                layer: 0,
+                offset: stored,
+                length,
+            });
+        }
+        stored += length;
+        at = offset + length;
+    }
+    if size > at {
+        extents.push(Extent::Hole { length: size - at });
+    }
+    extents
+}
+
+/// The runs of data that extents stand for, as offset in the file and length.
+pub fn runs(extents: &[Extent]) -> Vec<(u64, u64)> {
+    let mut offset = 0;
+    let mut runs = Vec::new();
+    for extent in extents {
+        let (Extent::Data { length, .. } | Extent::Hole { length }) = *extent;
+        if matches!(extent, Extent::Data { .. }) {
+            runs.push((offset, length));
+        }
+        // An index from the store may claim anything.
+        offset = u64::saturating_add(offset, length);
+    }
+    runs
 }
 
 /// Order of a depth-first walk with sorted directories: component by component, by bytes.
@@ -119,9 +163,9 @@ pub fn weight(data: u64) -> u64 {
 
 /// An entry as JSON. Names that are not UTF-8 go, in base64, under keys of their own.
 #[derive(Serialize, Deserialize)]
-struct Line {
+struct Line<'a> {
     #[serde(skip_serializing_if = "Option::is_none", default)]
-    path: Option<String>,
+    path: Option<Cow<'a, str>>,
     #[serde(skip_serializing_if = "Option::is_none", default)]
     path64: Option<String>,
     #[serde(rename = "type")]
@@ -137,19 +181,19 @@ struct Line {
     #[serde(skip_serializing_if = "is_zero", default)]
     size: u64,
     #[serde(skip_serializing_if = "Option::is_none", default)]
-    link: Option<String>,
+    link: Option<Cow<'a, str>>,
     #[serde(skip_serializing_if = "Option::is_none", default)]
     link64: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none", default)]
-    sha256: Option<String>,
-    #[serde(skip_serializing_if = "Vec::is_empty", default)]
-    extents: Vec<Extent>,
+    sha256: Option<Cow<'a, str>>,
+    #[serde(skip_serializing_if = "<[_]>::is_empty", default)]
+    extents: Cow<'a, [Extent]>,
     #[serde(skip_serializing_if = "BTreeMap::is_empty", default)]
     xattrs: BTreeMap<String, String>,
     #[serde(skip_serializing_if = "Option::is_none", default)]
     stamp: Option<Stamp>,
-    #[serde(skip_serializing_if = "Vec::is_empty", default)]
-    layers: Vec<u32>,
+    #[serde(skip_serializing_if = "<[_]>::is_empty", default)]
+    layers: Cow<'a, [u32]>,
 }
 
 #[expect(
@@ -197,8 +241,8 @@ impl Entry {
         weight(self.data())
     }
 
-    /// The line for an index, without its newline.
-    pub fn to_line(&self) -> Vec<u8> {
+    /// Appends the line for an index, without its newline.
+    pub fn append_line(&self, to: &mut Vec<u8>) {
         let path: &[u8] = if self.path.is_empty() {
             ROOT.as_bytes()
         } else {
@@ -218,22 +262,24 @@ impl Entry {
             size: self.size,
             link,
             link64,
-            sha256: self.sha256.clone(),
-            extents: self.extents.clone(),
+            sha256: self.sha256.as_deref().map(Cow::Borrowed),
+            extents: Cow::Borrowed(&self.extents),
             xattrs: self
                 .xattrs
                 .iter()
                 .map(|(name, value)| (name.clone(), BASE64_STANDARD.encode(value)))
                 .collect(),
             stamp: self.stamp,
-            layers: self.layers.clone(),
+            layers: Cow::Borrowed(&self.layers),
         };
-        serde_json::to_vec(&json).expect("an entry has string keys and no failing serializer")
+        serde_json::to_writer(to, &json).expect(
+            "an entry has string keys and no failing serializer, and a buffer takes it all",
+        );
     }
 
     /// Reads a line; the reason when it is not one.
     pub fn from_line(line: &[u8]) -> Result<Self, String> {
-        let line: Line = serde_json::from_slice(line).map_err(|error| error.to_string())?;
+        let line: Line<'_> = serde_json::from_slice(line).map_err(|error| error.to_string())?;
         let mut path = decode(line.path, line.path64)?.ok_or("a line has no path")?;
         if path == ROOT.as_bytes() {
             path.clear();
@@ -263,11 +309,11 @@ impl Entry {
             mtime,
             size: line.size,
             link: decode(line.link, line.link64)?,
-            sha256: line.sha256,
-            extents: line.extents,
+            sha256: line.sha256.map(Cow::into_owned),
+            extents: line.extents.into_owned(),
             xattrs: xattrs.collect::<Result<_, _>>()?,
             stamp: line.stamp,
-            layers: line.layers,
+            layers: line.layers.into_owned(),
         })
     }
 
@@ -298,16 +344,16 @@ pub fn display(path: &[u8]) -> String {
     text
 }
 
-fn encode(bytes: &[u8]) -> (Option<String>, Option<String>) {
+fn encode(bytes: &[u8]) -> (Option<Cow<'_, str>>, Option<String>) {
     match std::str::from_utf8(bytes) {
-        Ok(text) => (Some(text.to_owned()), None),
+        Ok(text) => (Some(Cow::Borrowed(text)), None),
         Err(_) => (None, Some(BASE64_STANDARD.encode(bytes))),
     }
 }
 
-fn decode(text: Option<String>, base64: Option<String>) -> Result<Option<Vec<u8>>, String> {
+fn decode(text: Option<Cow<'_, str>>, base64: Option<String>) -> Result<Option<Vec<u8>>, String> {
     match (text, base64) {
-        (Some(text), None) => Ok(Some(text.into_bytes())),
+        (Some(text), None) => Ok(Some(text.into_owned().into_bytes())),
         (None, Some(base64)) => match BASE64_STANDARD.decode(base64) {
             Ok(bytes) => Ok(Some(bytes)),
             Err(_) => Err("a name is not base64".to_owned()),
@@ -320,6 +366,12 @@ fn decode(text: Option<String>, base64: Option<String>) -> Result<Option<Vec<u8>
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn line(entry: &Entry) -> Vec<u8> {
+        let mut line = Vec::new();
+        entry.append_line(&mut line);
+        line
+    }
 
     fn entry(path: &[u8]) -> Entry {
         Entry {
@@ -348,7 +400,7 @@ mod tests {
 
     #[test]
     fn a_line_is_plain_json_and_reads_back() {
-        let line = entry(b"dir/file").to_line();
+        let line = line(&entry(b"dir/file"));
         assert_eq!(
             String::from_utf8_lossy(&line),
             format!(
@@ -361,7 +413,7 @@ mod tests {
 
     #[test]
     fn a_deletion_has_a_path_and_nothing_else() {
-        let line = Entry::deleted(b"gone".to_vec()).to_line();
+        let line = line(&Entry::deleted(b"gone".to_vec()));
         assert_eq!(
             String::from_utf8_lossy(&line),
             r#"{"path":"gone","type":"deleted"}"#
@@ -379,7 +431,7 @@ mod tests {
         for path in [&b"\xff\xfe/\n"[..], b"", b"\"quoted\"", "ümläut".as_bytes()] {
             let mut entry = entry(path);
             entry.link = Some(b"\x80target".to_vec());
-            assert_eq!(Entry::from_line(&entry.to_line()), Ok(entry));
+            assert_eq!(Entry::from_line(&line(&entry)), Ok(entry));
         }
     }
 
@@ -390,6 +442,29 @@ mod tests {
         ];
         for pair in walk.windows(2) {
             assert_eq!(compare(pair[0], pair[1]), Ordering::Less, "{pair:?}");
+        }
+    }
+
+    #[test]
+    fn extents_cover_the_file_with_its_holes() {
+        let data = |offset, length| Extent::Data {
+            layer: 0,
+            offset,
+            length,
+        };
+        let hole = |length| Extent::Hole { length };
+        for (all, size, want) in [
+            (&[(0, 10)][..], 10, vec![data(512, 10)]),
+            (&[], 10, vec![hole(10)]),
+            (&[], 0, vec![]),
+            (
+                &[(4, 2), (8, 1)],
+                12,
+                vec![hole(4), data(512, 2), hole(2), data(514, 1), hole(3)],
+            ),
+        ] {
+            assert_eq!(extents(all, size, 512), want);
+            assert_eq!(runs(&want), all);
         }
     }
 

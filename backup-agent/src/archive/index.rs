@@ -4,6 +4,8 @@
 use std::{
     fs::File,
     io::{self, BufRead, BufReader, BufWriter, Read, Write},
+    sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel},
+    thread::{self, JoinHandle},
 };
 
 use serde::{Deserialize, Serialize};
@@ -28,35 +30,85 @@ pub struct LayerHeader {
     pub frames: Vec<Frame>,
 }
 
-/// Compresses lines into a file.
+/// Compresses lines into a file, on a thread of its own: whoever makes them has the longer half of the work.
 pub struct IndexWriter {
-    encoder: zstd::Encoder<'static, BufWriter<File>>,
+    /// Whole lines, until there are enough of them to hand over.
+    lines: Vec<u8>,
+    full: SyncSender<Vec<u8>>,
+    /// Buffers come back here to be filled again.
+    spare: Receiver<Vec<u8>>,
+    compressor: JoinHandle<io::Result<File>>,
 }
+
+/// Bytes of lines that are handed over at once.
+const BATCH: usize = 64 << 10;
 
 impl IndexWriter {
     pub fn new(file: File) -> io::Result<Self> {
         let mut encoder = zstd::Encoder::new(BufWriter::new(file), LEVEL)?;
         encoder.set_parameter(CParameter::WindowLog(WINDOW))?;
         encoder.set_parameter(CParameter::ChecksumFlag(true))?;
-        Ok(Self { encoder })
+        let (full, batches) = sync_channel(1);
+        let (returns, spare) = channel();
+        let compressor = thread::Builder::new()
+            .name("index".to_owned())
+            .spawn(move || compress(encoder, &batches, &returns))?;
+        Ok(Self {
+            lines: Vec::new(),
+            full,
+            spare,
+            compressor,
+        })
     }
 
     /// Appends one entry.
     pub fn entry(&mut self, entry: &Entry) -> io::Result<()> {
-        self.line(&entry.to_line())
+        entry.append_line(&mut self.lines);
+        self.end_line()
     }
 
     /// Appends one line.
     pub fn line(&mut self, line: &[u8]) -> io::Result<()> {
-        self.encoder.write_all(line)?;
-        self.encoder.write_all(b"\n")
+        self.lines.extend_from_slice(line);
+        self.end_line()
+    }
+
+    fn end_line(&mut self) -> io::Result<()> {
+        self.lines.push(b'\n');
+        if self.lines.len() < BATCH {
+            return Ok(());
+        }
+        let lines = std::mem::replace(&mut self.lines, self.spare.try_recv().unwrap_or_default());
+        // It ends before us only when it failed; `finish` says why.
+        self.full.send(lines).map_err(|_| ended())
     }
 
     /// Ends the stream; gives the file back, positioned behind it.
     pub fn finish(self) -> io::Result<File> {
-        let file = self.encoder.finish()?;
-        file.into_inner().map_err(io::IntoInnerError::into_error)
+        // Were it not taken, the compressor would have failed, and that is what is told.
+        let _ = self.full.send(self.lines);
+        drop(self.full);
+        self.compressor.join().map_err(|_| ended())?
     }
+}
+
+fn ended() -> io::Error {
+    io::Error::other("its compression ended early")
+}
+
+fn compress(
+    mut encoder: zstd::Encoder<'static, BufWriter<File>>,
+    batches: &Receiver<Vec<u8>>,
+    returns: &Sender<Vec<u8>>,
+) -> io::Result<File> {
+    while let Ok(mut lines) = batches.recv() {
+        encoder.write_all(&lines)?;
+        lines.clear();
+        // Nobody waits for it after the last one.
+        let _ = returns.send(lines);
+    }
+    let file = encoder.finish()?;
+    file.into_inner().map_err(io::IntoInnerError::into_error)
 }
 
 /// Compresses a header into a frame of its own: zstd streams are joined by putting one after the other.

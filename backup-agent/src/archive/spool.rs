@@ -16,6 +16,11 @@ impl Spool {
         Self(Arc::new(file))
     }
 
+    /// The file itself.
+    pub fn file(&self) -> &File {
+        &self.0
+    }
+
     /// A reader from the start on.
     pub fn reader(&self) -> SpoolReader {
         SpoolReader {

@@ -9,7 +9,7 @@ use std::{
 use sha2::{Digest, Sha256};
 
 use super::{
-    entry::{Entry, Extent, Kind},
+    entry::{Entry, Kind, extents},
     footer::{self, Footer},
     frames::{Effort, FrameWriter},
     index::{IndexWriter, LayerHeader, compress_header},
@@ -24,7 +24,7 @@ use crate::{
         id::hex,
         record::{FORMAT, Layer},
     },
-    tree::read::Content,
+    tree::read::Data,
 };
 
 /// Why a layer could not be written.
@@ -81,14 +81,14 @@ impl LayerWriter {
     }
 
     /// Appends a regular file; fills in the hash and the extents of what was read.
-    pub fn add_file(&mut self, entry: &mut Entry, content: &mut Content) -> Result<(), Halt> {
-        let segments = content.segments().to_vec();
-        let sparse = content.is_sparse().then_some(&segments[..]);
+    pub fn add_file(&mut self, entry: &mut Entry, data: &Data) -> Result<(), Halt> {
+        let runs = data.runs();
+        let sparse = data.is_sparse(entry.size).then_some(runs);
         self.frames.write(&tarball::header(entry, sparse))?;
         let start = self.frames.position();
         let mut sum = Sha256::new();
         let frames = &mut self.frames;
-        content.read(
+        data.read(
             |source| Halt::from(Error::local("read", entry.display())(source)),
             |bytes| {
                 sum.update(bytes);
@@ -98,7 +98,7 @@ impl LayerWriter {
         )?;
         self.frames.write(padding(self.frames.position() - start))?;
         entry.sha256 = Some(hex(&sum.finalize()));
-        entry.extents = extents(&segments, entry.size, start);
+        entry.extents = extents(runs, entry.size, start);
         self.index(entry)
     }
 
@@ -192,53 +192,5 @@ impl LayerWriter {
         };
         let written = self.lines.entry(&line);
         Ok(written.map_err(Error::local("write", "the index under way"))?)
-    }
-}
-
-/// Where a file's bytes are: data one after the other from `start` in the tar stream, holes between them.
-fn extents(segments: &[(u64, u64)], size: u64, start: u64) -> Vec<Extent> {
-    let mut extents = Vec::with_capacity(segments.len());
-    let (mut at, mut stored) = (0, start);
-    for &(offset, length) in segments {
-        if offset > at {
-            extents.push(Extent::Hole {
-                length: offset - at,
-            });
-        }
-        if length > 0 {
-            extents.push(Extent::Data {
-                layer: 0,
-                offset: stored,
-                length,
-            });
-        }
-        stored += length;
-        at = offset + length;
-    }
-    if size > at {
-        extents.push(Extent::Hole { length: size - at });
-    }
-    extents
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn extents_cover_the_file_with_its_holes() {
-        let data = |offset, length| Extent::Data {
-            layer: 0,
-            offset,
-            length,
-        };
-        let hole = |length| Extent::Hole { length };
-        assert_eq!(extents(&[(0, 10)], 10, 512), [data(512, 10)]);
-        assert_eq!(extents(&[], 10, 512), [hole(10)]);
-        assert_eq!(extents(&[], 0, 512), []);
-        assert_eq!(
-            extents(&[(4, 2), (8, 1)], 12, 512),
-            [hole(4), data(512, 2), hole(2), data(514, 1), hole(3)]
-        );
     }
 }

@@ -60,7 +60,7 @@ pub async fn run(config: &Config, store: &Arc<dyn Store>, verb: &Verb) -> Result
         identity::drop_groups().map_err(Error::local("drop", "supplementary groups"))?;
     }
     match verb {
-        Verb::Backup { fork } => backup::run(config, store.as_ref(), *fork).await,
+        Verb::Backup(options) => backup::run(config, store.as_ref(), options.fork).await,
         Verb::Restore(options) => restore::run(config, store.as_ref(), options).await,
         Verb::Verify { snapshot, deep } => {
             verify::run(config, store.as_ref(), snapshot, *deep).await

@@ -385,7 +385,7 @@ async fn is_there_already(config: &Config, state: &State, record: &Record) -> Re
         return Ok(false);
     }
     let index = state.index(Which::Last);
-    let known = index.and_then(|file| Known::open(file, &record.id, record.layers.len()).ok());
+    let known = index.and_then(|index| Known::open(&index, &record.id, record.layers.len()).ok());
     let Some(known) = known else {
         return Ok(false);
     };

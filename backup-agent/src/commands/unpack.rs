@@ -23,7 +23,8 @@ use crate::{
     state::State,
     store::Store,
     tree::{
-        apply::{Applier, Old, is_above},
+        apply::{Applier, Old},
+        cursor::is_above,
         exclude::Selection,
         identity::with_identity,
         swap::Staging,

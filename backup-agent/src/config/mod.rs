@@ -14,7 +14,7 @@ use crate::{
     error::Error,
     log,
     snapshot::retention::Policy,
-    tree::{exclude::Excludes, identity::Identity},
+    tree::{exclude::Excludes, freeze::Freezer, identity::Identity},
 };
 
 /// A value that must never be shown.
@@ -85,6 +85,8 @@ pub struct Config {
     pub identity: Option<Identity>,
     pub excludes: Excludes,
     pub effort: Effort,
+    /// Whom to stop for a snapshot of one instant.
+    pub freezer: Option<Freezer>,
     /// Which snapshots a prune keeps.
     pub retention: Policy,
     /// The operator answers for a store without conditional writes.
@@ -135,18 +137,25 @@ impl Config {
             Verb::Import { from } => source.location("--from", from),
             _ => None,
         };
+        let identity = source.identity();
+        let boot_id = source.boot_id();
+        let freezer = match &cli.verb {
+            Verb::Backup(options) => source.freezer(options, boot_id.is_some(), identity),
+            _ => None,
+        };
         let config = Self {
             location: location.unwrap_or_else(|| Location::Directory(PathBuf::new())),
             source: from,
             instance,
             root,
             state,
-            identity: source.identity(),
+            identity,
             excludes: source.excludes(),
             effort: Effort {
                 level: flags.level,
                 jobs: flags.jobs.map_or_else(default_jobs, usize::from),
             },
+            freezer,
             retention: source.retention(),
             is_unfenced_allowed: match source.text("RUNTIME_STORE_UNFENCED").as_deref() {
                 None => false,
@@ -156,7 +165,7 @@ impl Config {
                     false
                 }
             },
-            boot_id: source.boot_id(),
+            boot_id,
             backup_timeout: source.duration("RUNTIME_BACKUP_TIMEOUT", None, 120),
             restore_timeout: source.duration("RUNTIME_RESTORE_TIMEOUT", None, 600),
             timeout: flags
@@ -174,7 +183,7 @@ impl Config {
     /// The hard bound of a verb.
     pub fn bound(&self, verb: &Verb) -> Duration {
         self.timeout.unwrap_or(match verb {
-            Verb::Backup { .. } | Verb::Prune { .. } => self.backup_timeout,
+            Verb::Backup(_) | Verb::Prune { .. } => self.backup_timeout,
             Verb::Restore(_)
             | Verb::Verify { .. }
             | Verb::List
@@ -249,7 +258,7 @@ mod tests {
         );
         assert_eq!(config.root, PathBuf::from("/data"));
         assert_eq!(
-            config.bound(&Verb::Backup { fork: false }),
+            config.bound(&Verb::Prune { dry_run: true }),
             Duration::from_mins(2)
         );
         assert_eq!(config.bound(&Verb::List), Duration::from_mins(10));

@@ -8,8 +8,9 @@ use url::Url;
 
 use super::{Bucket, Location, Secret, parse_duration};
 use crate::{
+    cli::Backup,
     snapshot::retention::Policy,
-    tree::{exclude::Excludes, identity::Identity},
+    tree::{exclude::Excludes, freeze::Freezer, identity::Identity},
 };
 
 /// An identity to assume: root's own is none.
@@ -32,6 +33,9 @@ fn by_number(text: &str) -> Option<Identity> {
     };
     Some(Identity { uid, gid })
 }
+
+/// The longest stop of the gateway unless told otherwise: nobody notices it in a conversation.
+const MAX_PAUSE: Duration = Duration::from_millis(250);
 
 /// Longest content of a `*_FILE` secret: session tokens are the longest, at about 2 KiB.
 const SECRET_LIMIT: u64 = 16 * 1024;
@@ -148,6 +152,51 @@ impl Source<'_> {
                 None
             }
         }
+    }
+
+    /// Whom to stop for a snapshot: the gateway's own user when a runtime runs us, by hand whoever is named.
+    pub fn freezer(
+        &mut self,
+        options: &Backup,
+        is_runtime: bool,
+        identity: Option<Identity>,
+    ) -> Option<Freezer> {
+        let limit = self.pause(options.max_pause.as_deref());
+        let user = match &options.freeze_user {
+            None => identity.filter(|_| is_runtime).map(|identity| identity.uid),
+            Some(name) => {
+                let known = User::from_name(name).ok().flatten().map(|user| user.uid);
+                let uid = known.or_else(|| by_number(name).map(|identity| identity.uid));
+                let other = uid.filter(|uid| *uid != Uid::current() && *uid != Uid::effective());
+                if other.is_none() {
+                    self.reject(
+                        "--freeze-user",
+                        format_args!("{name:?} must be a user here, and not the one who runs this"),
+                    );
+                }
+                other
+            }
+        };
+        let limit = limit.filter(|limit| !limit.is_zero())?;
+        Some(Freezer { user: user?, limit })
+    }
+
+    fn pause(&mut self, flag: Option<&str>) -> Option<Duration> {
+        const NAME: &str = "RUNTIME_MAX_PAUSE";
+        let text = flag.map(str::to_owned).or_else(|| self.text(NAME));
+        let pause = match text.as_deref() {
+            None => Some(MAX_PAUSE),
+            Some("0") => Some(Duration::ZERO),
+            Some(text) => parse_duration(text),
+        };
+        if pause.is_none() {
+            let text = text.unwrap_or_default();
+            self.reject(
+                NAME,
+                format_args!("{text:?} is neither a duration such as 250ms nor 0"),
+            );
+        }
+        pause
     }
 
     pub fn excludes(&mut self) -> Excludes {

@@ -62,6 +62,8 @@ pub mod tests {
             writer: String::new(),
             tool: String::new(),
             consistency: Consistency::Instant,
+            rounds: 1,
+            pause_ms: None,
             fork: false,
             totals: Totals {
                 files: 10,

@@ -28,6 +28,10 @@ pub struct Record {
     /// Version of the tool that wrote it.
     pub tool: String,
     pub consistency: Consistency,
+    /// Times that the tree was read.
+    pub rounds: u32,
+    /// The longest time for which the gateway was stopped meanwhile, in milliseconds, rounded up.
+    pub pause_ms: Option<u64>,
     /// Written beside the history on purpose (`backup --fork`).
     pub fork: bool,
     pub totals: Totals,
@@ -39,7 +43,7 @@ pub struct Record {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Consistency {
-    /// Nothing changed between the first file read and the last.
+    /// Nothing changed between the first file read and the last, or nothing that could change it ran meanwhile.
     Instant,
     /// Each file is as it was when it was read.
     PerFile,

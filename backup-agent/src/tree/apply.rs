@@ -24,6 +24,7 @@ use nix::{
 use sha2::{Digest, Sha256};
 
 use super::{
+    cursor::{Cursor, is_above},
     read,
     scan::{self, DIRECTORY},
 };
@@ -37,9 +38,6 @@ use crate::{
     log, progress,
     snapshot::id::hex,
 };
-
-/// Longest name of a component (`NAME_MAX`).
-const LONGEST_NAME: usize = 255;
 
 /// Unpacks entries below one directory.
 pub struct Applier {
@@ -107,13 +105,13 @@ impl Applier {
         let Ok((old_parent, old_name)) = old.tree.parent(&entry.path) else {
             return Ok(false);
         };
-        let Ok(Some(mut content)) = read::open(old_parent, &old_name) else {
+        let Ok(Some(content)) = read::open(old_parent, &old_name) else {
             return Ok(false);
         };
         let mut found = scan::entry(&entry.path, Kind::File, content.status());
         if !self.is_owner_kept {
             // Whoever owns the new tree has to own what is in it.
-            let owner = fstat(&self.tree.root).map_err(Error::local("look at", "."))?;
+            let owner = fstat(self.tree.root()).map_err(Error::local("look at", "."))?;
             if (found.uid, found.gid) != (owner.st_uid, owner.st_gid) {
                 return Ok(false);
             }
@@ -124,7 +122,7 @@ impl Applier {
             return Ok(false);
         }
         let is_quiet = old.is_quiet;
-        if is_quiet && !read::is_equal(&mut content, entry) {
+        if is_quiet && !read::is_equal(&content, entry) {
             return Ok(false);
         }
         let source = &self.source;
@@ -154,7 +152,7 @@ impl Applier {
             let is_right = read::open(&parent, &name)
                 .ok()
                 .flatten()
-                .is_some_and(|mut copied| read::is_equal(&mut copied, entry));
+                .is_some_and(|copied| read::is_equal(&copied, entry));
             if !is_right {
                 unlinkat(&parent, name.as_c_str(), UnlinkatFlags::NoRemoveDir)
                     .map_err(Error::local("remove", path()))?;
@@ -237,7 +235,7 @@ impl Applier {
         while let Some(directory) = self.open.pop() {
             self.close(&directory)?;
         }
-        nix::unistd::syncfs(&self.tree.root).map_err(Error::local("sync", "the restored tree"))?;
+        nix::unistd::syncfs(self.tree.root()).map_err(Error::local("sync", "the restored tree"))?;
         Ok((self.files, self.bytes))
     }
 
@@ -266,10 +264,7 @@ impl Applier {
 
     fn close(&mut self, directory: &Entry) -> Result<(), Error> {
         let fd = if directory.path.is_empty() {
-            self.tree
-                .root
-                .try_clone()
-                .map_err(Error::local("open", "."))?
+            self.tree.root_again()?
         } else {
             let (parent, name) = self.place(directory)?;
             openat(parent, name.as_c_str(), DIRECTORY, Mode::empty())
@@ -308,12 +303,7 @@ impl Applier {
         };
         let target = entry.link.as_deref().ok_or_else(not_here)?;
         // By descriptors again: a symbolic link that an earlier entry made is not walked through.
-        let mut from = Cursor::new(
-            self.tree
-                .root
-                .try_clone()
-                .map_err(Error::local("open", "."))?,
-        );
+        let mut from = Cursor::new(self.tree.root_again()?);
         let (directory, old) = from.parent(target).map_err(|_| not_here())?;
         let status = fstatat(directory, old.as_c_str(), AtFlags::AT_SYMLINK_NOFOLLOW)
             .map_err(|_| not_here())?;
@@ -358,100 +348,6 @@ impl Applier {
     }
 }
 
-/// Opens directories below a root one component at a time, and keeps those open that the next path needs too.
-struct Cursor {
-    root: OwnedFd,
-    path: Vec<u8>,
-    /// Each with the length of its own path.
-    levels: Vec<(usize, OwnedFd)>,
-}
-
-/// Why a path cannot be reached.
-enum Refusal {
-    /// A component that no file can have.
-    Name,
-    /// What should be its directory is none.
-    Orphan,
-    Failed(Errno),
-}
-
-impl Refusal {
-    fn into_error(self, source: String, entry: &Entry) -> Error {
-        let reason = match self {
-            Self::Name => "the name cannot be a file's",
-            Self::Orphan => "it is in no directory of this snapshot",
-            Self::Failed(errno) => return Error::local("open", entry.display())(errno),
-        };
-        Error::Damaged {
-            key: source,
-            reason: format!("{}: {reason}", entry.display()),
-        }
-    }
-}
-
-impl Cursor {
-    fn new(root: OwnedFd) -> Self {
-        Self {
-            root,
-            path: Vec::new(),
-            levels: Vec::new(),
-        }
-    }
-
-    /// The directory that `path` is in, and the name there.
-    fn parent(&mut self, path: &[u8]) -> Result<(BorrowedFd<'_>, CString), Refusal> {
-        let (parent, name) = match path.iter().rposition(|byte| *byte == b'/') {
-            Some(slash) => (&path[..slash], &path[slash + 1..]),
-            None => (&b""[..], path),
-        };
-        while let Some((length, _)) = self.levels.last()
-            && !is_above(&self.path[..*length], parent)
-        {
-            self.levels.pop();
-        }
-        let mut at = self.levels.last().map_or(0, |(length, _)| *length);
-        self.path.truncate(at);
-        while at < parent.len() {
-            let start = if at == 0 { 0 } else { at + 1 };
-            let end = parent[start..]
-                .iter()
-                .position(|byte| *byte == b'/')
-                .map_or(parent.len(), |slash| start + slash);
-            let component = checked(&parent[start..end])?;
-            let outer = self.levels.last().map_or(&self.root, |(_, fd)| fd);
-            let fd =
-                openat(outer, component.as_c_str(), DIRECTORY, Mode::empty()).map_err(|errno| {
-                    match errno {
-                        Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP => Refusal::Orphan,
-                        other => Refusal::Failed(other),
-                    }
-                })?;
-            self.levels.push((end, fd));
-            self.path.truncate(at);
-            self.path.extend_from_slice(&parent[at..end]);
-            at = end;
-        }
-        let fd = self.levels.last().map_or(&self.root, |(_, fd)| fd);
-        Ok((fd.as_fd(), checked(name)?))
-    }
-}
-
-/// A component, if it can be a file's name.
-fn checked(name: &[u8]) -> Result<CString, Refusal> {
-    if matches!(name, b"" | b"." | b"..") || name.len() > LONGEST_NAME {
-        return Err(Refusal::Name);
-    }
-    CString::new(name).map_err(|_| Refusal::Name)
-}
-
-/// Whether `path` is `directory` or below it.
-pub fn is_above(directory: &[u8], path: &[u8]) -> bool {
-    directory.is_empty()
-        || path
-            .strip_prefix(directory)
-            .is_some_and(|rest| rest.is_empty() || rest[0] == b'/')
-}
-
 fn create(parent: BorrowedFd<'_>, name: &CString) -> Result<File, Errno> {
     let flags =
         OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
@@ -461,7 +357,7 @@ fn create(parent: BorrowedFd<'_>, name: &CString) -> Result<File, Errno> {
 
 /// Copies a file's data, in the kernel where it can, and keeps its holes. One that shrank meanwhile comes out wrong.
 fn copy(content: &read::Content, file: &mut File, size: u64) -> std::io::Result<()> {
-    for &(offset, length) in content.segments() {
+    for &(offset, length) in content.data().runs() {
         let mut from = content.file();
         from.seek(SeekFrom::Start(offset))?;
         file.seek(SeekFrom::Start(offset))?;

@@ -2,7 +2,9 @@
 //! user whom the tree belongs to: that user runs commands for strangers, so every name in the tree may be a trap.
 
 pub mod apply;
+pub mod cursor;
 pub mod exclude;
+pub mod freeze;
 pub mod identity;
 pub mod read;
 pub mod scan;

@@ -11,7 +11,7 @@ use nix::{
 use sha2::{Digest, Sha256};
 
 use crate::{
-    archive::entry::{Entry, Extent},
+    archive::entry::{self, Entry},
     snapshot::id::hex,
 };
 
@@ -19,13 +19,21 @@ use crate::{
 const CHUNK: usize = 64 << 10;
 /// Runs of data that are told apart in one file; what comes after is stored with its holes filled. A database has few
 /// holes, and a file made to have millions must not cost memory.
-const MOST_SEGMENTS: usize = 16_384;
+const MOST_RUNS: usize = 16_384;
+
+/// The bytes of a regular file: runs of data, with holes between them.
+pub struct Data {
+    file: File,
+    /// Offset in the regular file and length of each, ascending.
+    runs: Vec<(u64, u64)>,
+    /// Where in `file` they are one after the other; `None`: each is at its own offset.
+    packed_at: Option<u64>,
+}
 
 /// A regular file, opened, with its status and the places of its data as they were then.
 pub struct Content {
-    file: File,
+    data: Data,
     status: FileStat,
-    segments: Vec<(u64, u64)>,
 }
 
 /// Opens a regular file without following a link or waiting for the other end of a fifo. `None` if it is none (any more).
@@ -45,12 +53,13 @@ pub fn open(parent: impl AsFd, name: &CStr) -> Result<Option<Content>, Errno> {
     if status.st_mode & SFlag::S_IFMT.bits() != SFlag::S_IFREG.bits() {
         return Ok(None);
     }
-    let segments = segments(&file, &status)?;
-    Ok(Some(Content {
+    let runs = find_runs(&file, &status)?;
+    let data = Data {
         file,
-        status,
-        segments,
-    }))
+        runs,
+        packed_at: None,
+    };
+    Ok(Some(Content { data, status }))
 }
 
 impl Content {
@@ -61,33 +70,52 @@ impl Content {
 
     /// The open file.
     pub fn file(&self) -> &File {
-        &self.file
+        &self.data.file
+    }
+
+    /// Its bytes.
+    pub fn data(&self) -> &Data {
+        &self.data
+    }
+}
+
+impl Data {
+    /// Data that were put into `file` one run after the other from `start` on.
+    pub fn packed(file: File, runs: Vec<(u64, u64)>, start: u64) -> Self {
+        Self {
+            file,
+            runs,
+            packed_at: Some(start),
+        }
     }
 
     /// Where the data are, as offset and length, ascending.
-    pub fn segments(&self) -> &[(u64, u64)] {
-        &self.segments
+    pub fn runs(&self) -> &[(u64, u64)] {
+        &self.runs
     }
 
-    /// Whether there are holes.
-    pub fn is_sparse(&self) -> bool {
-        let data: u64 = self.segments.iter().map(|(_, length)| length).sum();
-        data != size(&self.status)
+    /// Whether a file of this size has holes.
+    pub fn is_sparse(&self, size: u64) -> bool {
+        let data: u64 = self.runs.iter().map(|(_, length)| length).sum();
+        data != size
     }
 
-    /// Gives all data to `each`, exactly as many bytes as [`Self::segments`] says: a file that grew is cut, one that shrank
-    /// is filled with zeros, because its header is written already. What the disk cannot give is not made up: it goes to
+    /// Gives all data to `each`, exactly as many bytes as [`Self::runs`] says: a file that grew is cut, one that shrank is
+    /// filled with zeros, because its header is written already. What the disk cannot give is not made up: it goes to
     /// `failed`.
     pub fn read<E>(
         &self,
         failed: impl FnOnce(io::Error) -> E,
         mut each: impl FnMut(&[u8]) -> Result<(), E>,
     ) -> Result<(), E> {
-        let largest = self.segments.iter().map(|(_, length)| *length).max();
+        let largest = self.runs.iter().map(|(_, length)| *length).max();
         let largest = usize::try_from(largest.unwrap_or(0)).unwrap_or(CHUNK);
         let mut buffer = vec![0; largest.min(CHUNK)];
-        for &(start, length) in &self.segments {
-            let (mut at, end) = (start, start + length);
+        let mut packed_at = self.packed_at;
+        for &(offset, length) in &self.runs {
+            let mut at = packed_at.unwrap_or(offset);
+            let end = at + length;
+            packed_at = packed_at.map(|_| end);
             while at < end {
                 let want = usize::try_from(end - at).unwrap_or(CHUNK).min(CHUNK);
                 let buffer = &mut buffer[..want];
@@ -113,7 +141,7 @@ pub fn size(status: &FileStat) -> u64 {
     u64::try_from(status.st_size).unwrap_or(0)
 }
 
-fn segments(file: &File, status: &FileStat) -> Result<Vec<(u64, u64)>, Errno> {
+fn find_runs(file: &File, status: &FileStat) -> Result<Vec<(u64, u64)>, Errno> {
     let size = size(status);
     let allocated = u64::try_from(status.st_blocks).unwrap_or(0) * 512;
     let whole = || {
@@ -140,7 +168,7 @@ fn segments(file: &File, status: &FileStat) -> Result<Vec<(u64, u64)>, Errno> {
         if start >= size {
             break;
         }
-        let end = if found.len() + 1 == MOST_SEGMENTS {
+        let end = if found.len() + 1 == MOST_RUNS {
             size
         } else {
             match seek(start, Whence::SeekHole) {
@@ -157,22 +185,15 @@ fn segments(file: &File, status: &FileStat) -> Result<Vec<(u64, u64)>, Errno> {
 }
 
 /// Whether an open file has the content and the attributes of an entry, holes at the same places.
-pub fn is_equal(content: &mut Content, known: &Entry) -> bool {
-    let mut offset = 0;
-    let mut segments = Vec::new();
-    for extent in &known.extents {
-        let (Extent::Data { length, .. } | Extent::Hole { length }) = *extent;
-        if matches!(extent, Extent::Data { .. }) {
-            segments.push((offset, length));
-        }
-        // An index from the store may claim anything.
-        offset = u64::saturating_add(offset, length);
-    }
-    if segments != content.segments || xattrs(&content.file).ok().as_ref() != Some(&known.xattrs) {
+pub fn is_equal(content: &Content, known: &Entry) -> bool {
+    let data = content.data();
+    if entry::runs(&known.extents) != data.runs
+        || xattrs(&data.file).ok().as_ref() != Some(&known.xattrs)
+    {
         return false;
     }
     let mut sum = Sha256::new();
-    let all = content.read(drop, |bytes| {
+    let all = data.read(drop, |bytes| {
         sum.update(bytes);
         Ok(())
     });
@@ -221,19 +242,18 @@ pub fn xattrs(file: impl AsFd) -> io::Result<BTreeMap<String, Vec<u8>>> {
 mod tests {
     use super::*;
 
-    /// Content that was five bytes long when it was opened.
-    fn five_bytes(file: File) -> Content {
-        let status = fstat(&file).expect("an open file has a status");
-        Content {
+    /// What was five bytes long when it was opened.
+    fn five_bytes(file: File) -> Data {
+        Data {
             file,
-            status,
-            segments: vec![(0, 5)],
+            runs: vec![(0, 5)],
+            packed_at: None,
         }
     }
 
-    fn read(content: &mut Content) -> Result<Vec<u8>, io::ErrorKind> {
+    fn read(data: &Data) -> Result<Vec<u8>, io::ErrorKind> {
         let mut all = Vec::new();
-        let done = content.read(
+        let done = data.read(
             |error| error.kind(),
             |bytes| {
                 all.extend_from_slice(bytes);
@@ -248,10 +268,10 @@ mod tests {
         let path = std::env::temp_dir().join(format!("backup-agent-read-{}", std::process::id()));
         std::fs::write(&path, "ab").expect("can write");
         let file = File::open(&path).expect("can open");
-        assert_eq!(read(&mut five_bytes(file)), Ok(b"ab\0\0\0".to_vec()));
+        assert_eq!(read(&five_bytes(file)), Ok(b"ab\0\0\0".to_vec()));
         // Opened for writing only: every read fails, as on a bad disk.
         let file = File::options().write(true).open(&path).expect("can open");
-        assert!(read(&mut five_bytes(file)).is_err());
+        assert!(read(&five_bytes(file)).is_err());
         std::fs::remove_file(path).expect("can remove");
     }
 }

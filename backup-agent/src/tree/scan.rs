@@ -237,6 +237,7 @@ pub fn entry(path: &[u8], kind: Kind, status: &FileStat) -> Entry {
         stamp: Some(Stamp {
             ctime: nanos(status.st_ctime, status.st_ctime_nsec),
             ino: status.st_ino,
+            is_linked: status.st_nlink > 1,
         }),
         ..Entry::deleted(path.to_vec())
     }

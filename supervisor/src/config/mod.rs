@@ -15,7 +15,7 @@ use crate::error::SettingError;
 use crate::gateway::process::User;
 use crate::log::Level;
 use crate::secret::{Secret, Secrets};
-use reader::Reader;
+use reader::{Reader, SecretFile};
 pub use values::{Limit, StoreKind};
 
 /// Where the image keeps the prepare script.
@@ -47,6 +47,7 @@ pub struct Config {
     pub log: Level,
     pub agent_environment: Vec<(OsString, OsString)>,
     pub secrets: Secrets,
+    pub secret_files: Vec<SecretFile>,
     /// Names that begin with `RUNTIME_` and mean nothing.
     pub unknown: Vec<String>,
     /// Name and value of every setting as used, secrets redacted.
@@ -97,7 +98,7 @@ impl Config {
         let log = reader.value("RUNTIME_LOG", "info", values::level);
         check_what_is_for_the_agent(&mut reader);
 
-        let unknown = reader.unknown();
+        let (unknown, secret_files) = (reader.unknown(), reader.secret_files());
         let (errors, effective, mut secrets) = reader.finish();
         let Some(service_token) = service_token.filter(|_| errors.is_empty()) else {
             return Err(errors);
@@ -132,6 +133,7 @@ impl Config {
             hold,
             log,
             secrets: Secrets(secrets),
+            secret_files,
             unknown,
             effective,
         })

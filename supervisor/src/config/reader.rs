@@ -5,6 +5,7 @@
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io::Read as _;
+use std::path::PathBuf;
 
 use super::Variables;
 use crate::error::SettingError;
@@ -18,7 +19,11 @@ pub struct Reader<'a> {
     errors: Vec<SettingError>,
     effective: Vec<(&'static str, String)>,
     secrets: Vec<Secret>,
+    secret_files: Vec<SecretFile>,
 }
+
+/// The setting that names a file, and the file.
+pub type SecretFile = (&'static str, PathBuf);
 
 /// Turns text into a value, or says in half a sentence why it cannot.
 type Parser<T> = fn(&str) -> Result<T, String>;
@@ -30,11 +35,17 @@ impl<'a> Reader<'a> {
             errors: Vec::new(),
             effective: Vec::new(),
             secrets: Vec::new(),
+            secret_files: Vec::new(),
         }
     }
 
     pub fn finish(self) -> (Vec<SettingError>, Vec<(&'static str, String)>, Vec<Secret>) {
         (self.errors, self.effective, self.secrets)
+    }
+
+    /// Where secrets came from.
+    pub fn secret_files(&mut self) -> Vec<SecretFile> {
+        std::mem::take(&mut self.secret_files)
     }
 
     pub fn refuse(&mut self, name: &'static str, reason: String) {
@@ -92,7 +103,10 @@ impl<'a> Reader<'a> {
             }
             (Some(text), None) => text,
             (None, Some(path)) => match read_secret(path) {
-                Ok(text) => text,
+                Ok(text) => {
+                    self.secret_files.push((name, path.into()));
+                    text
+                }
                 Err(reason) => {
                     self.refuse(name, format!("its file {}: {reason}", path.display()));
                     return None;

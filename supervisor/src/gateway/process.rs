@@ -1,10 +1,13 @@
 //! Starts a program as the gateway's user, in a session of its own, with nothing of ours: no descriptor, signal mask,
-//! disposition, privilege or `RUNTIME_*` variable.
+//! disposition, privilege, capability or `RUNTIME_*` variable.
 
 use std::ffi::{CString, OsStr};
+use std::fs;
 use std::io;
 use std::os::unix::ffi::OsStrExt as _;
+use std::os::unix::fs::MetadataExt as _;
 use std::os::unix::process::CommandExt as _;
+use std::path::Path;
 use std::process::{Command, Stdio};
 
 use nix::sys::prctl;
@@ -13,9 +16,13 @@ use nix::sys::signal::Signal;
 use nix::unistd::{self, Gid, Uid};
 
 use crate::config::{Config, Limit};
+use crate::oom;
 
 /// SIGRTMAX of Linux.
 const LAST_SIGNAL: libc::c_int = 64;
+
+/// As many as the kernel's sets have bits.
+const MAX_CAPABILITIES: libc::c_ulong = 64;
 
 /// The first descriptor after standard error.
 const FIRST_INHERITED: libc::c_int = 3;
@@ -71,6 +78,24 @@ impl User {
     pub fn is_apart(&self) -> bool {
         self.uid != unistd::geteuid()
     }
+
+    /// By mode and owner, of the file and of every folder above it.
+    pub fn can_read(&self, file: &Path) -> bool {
+        let may = |path: &Path, right: u32| {
+            fs::metadata(path).is_ok_and(|metadata| {
+                let shift = match metadata.uid() == self.uid.as_raw() {
+                    true => 6,
+                    false if self.groups.contains(&Gid::from_raw(metadata.gid())) => 3,
+                    false => 0,
+                };
+                metadata.mode() >> shift & right != 0
+            })
+        };
+        let Ok(file) = fs::canonicalize(file) else {
+            return false;
+        };
+        may(&file, 0o4) && file.ancestors().skip(1).all(|folder| may(folder, 0o1))
+    }
 }
 
 impl From<unistd::User> for User {
@@ -119,18 +144,30 @@ pub fn exec_failure_code(error: &io::Error) -> i32 {
     }
 }
 
-/// What happens in the child between fork and exec. This is the program's only unsafe code besides `waitpid`.
+/// What happens in the child between fork and exec.
 #[allow(unsafe_code)]
 fn isolate(command: &mut Command, root: CString, limits: Vec<Limit>, user: User) {
     let is_root = unistd::geteuid().is_root();
+    let keeps_privileges = user.uid.is_root();
+    let oom_score = oom::score_of_gateway();
     let hook = move || {
+        // First, while nobody but root can signal us: our handlers write to pipes that we still share with the supervisor.
+        // The mask was emptied by `std` itself.
+        reset_signals();
+        oom::set_score(oom_score);
         for limit in &limits {
             setrlimit(limit.resource, limit.value, limit.value)?;
+        }
+        if !keeps_privileges {
+            empty_bounding_set();
         }
         if is_root {
             unistd::setgroups(&user.groups)?;
             unistd::setgid(user.gid)?;
             unistd::setuid(user.uid)?;
+        }
+        if !keeps_privileges {
+            drop_capabilities()?;
         }
         // As the user, whose directory it is: `Command::current_dir` would enter it as root, which a root without
         // CAP_DAC_OVERRIDE may not.
@@ -139,31 +176,119 @@ fn isolate(command: &mut Command, root: CString, limits: Vec<Limit>, user: User)
         prctl::set_no_new_privs()?;
         // Without a container around us nothing else would stop the gateway when we are killed.
         prctl::set_pdeathsig(Signal::SIGTERM)?;
-        // Ignored signals would survive exec. The mask is emptied by `std` itself.
-        for signal in 1..=LAST_SIGNAL {
-            // SAFETY: SIG_DFL runs none of our code; SIGKILL, SIGSTOP and the two that libc keeps are refused, harmlessly.
-            unsafe { libc::signal(signal, libc::SIG_DFL) };
-        }
-        // Our descriptors are close-on-exec already; this is for those that we were started with.
-        // SAFETY: no memory is passed, and marked descriptors stay open until exec, so `std` can still report a failed one.
-        let is_done = unsafe {
-            libc::syscall(
-                libc::SYS_close_range,
-                FIRST_INHERITED,
-                libc::c_uint::MAX,
-                libc::CLOSE_RANGE_CLOEXEC,
-            )
-        } == 0;
-        if !is_done {
-            // Kernels before 5.11 and some sandboxes: one by one, as far as anyone opens descriptors before exec.
-            for descriptor in FIRST_INHERITED..1024 {
-                // SAFETY: on a descriptor that is not open this fails and changes nothing.
-                unsafe { libc::fcntl(descriptor, libc::F_SETFD, libc::FD_CLOEXEC) };
-            }
-        }
+        close_descriptors();
         Ok(())
     };
     // SAFETY: between fork and exec the hook only makes system calls that are safe in a signal handler; it does not
     // allocate, lock or unwind. Everything it reads was copied with the process.
     unsafe { command.pre_exec(hook) };
+}
+
+/// Ignored signals would survive exec. By the system call: the C library keeps a few signals of its own out of reach.
+#[allow(unsafe_code)]
+fn reset_signals() {
+    /// The kernel's `struct sigaction` and more, as zeros: the default, without flags and mask.
+    const DEFAULT: [u64; 8] = [0; 8];
+    const MASK_BYTES: usize = 8;
+    for signal in 1..=LAST_SIGNAL {
+        // SAFETY: the kernel reads no more than DEFAULT has and writes nothing; the default runs none of our code. SIGKILL
+        // and SIGSTOP are refused, harmlessly.
+        unsafe {
+            libc::syscall(
+                libc::SYS_rt_sigaction,
+                signal,
+                DEFAULT.as_ptr(),
+                std::ptr::null_mut::<u64>(),
+                MASK_BYTES,
+            );
+        }
+    }
+}
+
+/// As far as we may: without the capability `SETPCAP` it stays as it is, of no use to a process without new privileges.
+#[allow(unsafe_code)]
+fn empty_bounding_set() {
+    for capability in 0..MAX_CAPABILITIES {
+        // SAFETY: numbers only.
+        unsafe { libc::prctl(libc::PR_CAPBSET_DROP, capability) };
+    }
+}
+
+/// Empties the permitted, effective and inheritable sets, and with them the ambient one: a change of user leaves some.
+#[allow(unsafe_code)]
+fn drop_capabilities() -> io::Result<()> {
+    /// `_LINUX_CAPABILITY_VERSION_3`, and the calling process.
+    const HEADER: [u32; 2] = [0x2008_0522, 0];
+    const NONE: [u32; 6] = [0; 6];
+    // The kernel may write its version to the header.
+    let mut header = HEADER;
+    // SAFETY: both arrays have the size that this version means, and outlive the call.
+    match unsafe { libc::syscall(libc::SYS_capset, header.as_mut_ptr(), NONE.as_ptr()) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// At exec: `std` has one open until then, to report a failed one. Our own are marked already; this is for those that we
+/// were started with.
+#[allow(unsafe_code)]
+fn close_descriptors() {
+    // SAFETY: no memory is passed.
+    let is_done = unsafe {
+        libc::syscall(
+            libc::SYS_close_range,
+            FIRST_INHERITED,
+            libc::c_uint::MAX,
+            libc::CLOSE_RANGE_CLOEXEC,
+        )
+    } == 0;
+    if !is_done {
+        // Kernels before 5.11 and some sandboxes: one by one, as far as anyone opens descriptors before exec.
+        for descriptor in FIRST_INHERITED..1024 {
+            // SAFETY: on a descriptor that is not open this fails and changes nothing.
+            unsafe { libc::fcntl(descriptor, libc::F_SETFD, libc::FD_CLOEXEC) };
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use super::*;
+
+    #[test]
+    fn who_can_read_a_file_depends_on_the_way_there_too() {
+        let top = std::env::temp_dir().join(format!("supervisor-process-{}", std::process::id()));
+        fs::create_dir_all(&top).expect("can make folders");
+        let file = top.join("secret");
+        fs::write(&file, "").expect("can write");
+        let metadata = fs::metadata(&file).expect("is there");
+        let user = |uid: u32, gid: u32| User {
+            name: String::new(),
+            uid: Uid::from_raw(uid),
+            gid: Gid::from_raw(gid),
+            groups: vec![Gid::from_raw(gid)],
+        };
+        let owner = user(metadata.uid(), 64_002);
+        let group = user(64_001, metadata.gid());
+        let other = user(64_001, 64_002);
+        for (folder_mode, mode, readers) in [
+            (0o755, 0o600, [true, false, false]),
+            (0o755, 0o640, [true, true, false]),
+            (0o755, 0o604, [true, false, true]),
+            (0o755, 0o044, [false, true, true]),
+            (0o700, 0o644, [true, false, false]),
+        ] {
+            let set = |path: &Path, mode| {
+                fs::set_permissions(path, fs::Permissions::from_mode(mode)).expect("is ours");
+            };
+            set(&top, folder_mode);
+            set(&file, mode);
+            let found = [&owner, &group, &other].map(|user| user.can_read(&file));
+            assert_eq!(found, readers, "{folder_mode:o} {mode:o}");
+        }
+        assert!(!other.can_read(&top.join("none")));
+        fs::remove_dir_all(top).expect("can remove");
+    }
 }

@@ -3,7 +3,7 @@
 use std::fs;
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
 use std::process::{ChildStderr, Command, Stdio};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
@@ -11,13 +11,14 @@ use serde_json::json;
 use tokio::net::unix::pipe;
 use tokio::task::JoinHandle;
 
-use super::{Event, Owner, signal};
+use super::{Event, Owner};
 use crate::api::envelope::Problem;
 use crate::gateway::state::{self, Phase, Then};
 use crate::gateway::sweep::{self, Belongs};
 use crate::gateway::{files, probe, process, rpc};
 use crate::log::log;
 use crate::reaper::{Exit, pid};
+use crate::status::LastExit;
 use crate::stderr;
 
 /// The gateway takes a restart request in milliseconds; one that does not gets SIGTERM.
@@ -58,6 +59,7 @@ impl Owner {
     pub(super) fn spawn(&mut self, mut command: Command, is_gateway: bool) -> Option<state::Event> {
         self.is_swept = false;
         command.stderr(Stdio::piped());
+        self.kills.remember();
         match self.reaper.spawn(&mut command) {
             Ok((mut child, exit)) => {
                 let pid = pid(&child);
@@ -96,7 +98,7 @@ impl Owner {
                     code: Some(code),
                     signal: None,
                 };
-                self.status.last_exit = Some((exit, SystemTime::now()));
+                self.status.last_exit = Some(LastExit::now(exit, false));
                 Some(state::Event::Exited(Some(code)))
             }
         }
@@ -123,6 +125,8 @@ impl Owner {
             return;
         }
         let process = self.process.take().expect("is current");
+        // While we sweep, the kill is ours.
+        let is_oom = !self.is_sweeping() && self.kills.explain(exit);
         if let Some(probe) = process.probe {
             probe.abort();
         }
@@ -133,9 +137,10 @@ impl Owner {
             is_gateway = process.is_gateway,
             code = exit.code,
             signal = exit.signal_name(),
+            is_oom = is_oom,
         );
         if process.is_gateway || exit.code != Some(0) {
-            self.status.last_exit = Some((exit, SystemTime::now()));
+            self.status.last_exit = Some(LastExit::now(exit, is_oom));
         }
         self.step(state::Event::Exited(exit.code));
         if std::mem::take(&mut self.is_swept) {
@@ -148,9 +153,9 @@ impl Owner {
         if self.process.is_none() && sweep::is_clean(&belongs) {
             return Some(state::Event::Swept);
         }
-        let events = self.events.clone();
+        let (reaper, events) = (self.reaper.clone(), self.events.clone());
         tokio::spawn(async move {
-            sweep::sweep(belongs).await;
+            sweep::sweep(&belongs, &reaper).await;
             let _ = events.send(Event::Swept);
         });
         None
@@ -174,7 +179,7 @@ impl Owner {
             return;
         };
         let Some(target) = files::restart_target(&self.config, pid.as_raw()) else {
-            signal(pid, Signal::SIGTERM);
+            self.reaper.signal(pid, Signal::SIGTERM);
             return;
         };
         // A third of the grace is left for the exit itself.

@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use nix::sys::signal::{Signal, kill};
+use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 use serde_json::Value;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender};
@@ -26,6 +26,7 @@ use crate::config::Config;
 use crate::gateway::process;
 use crate::gateway::state::{self, Action, Phase, Policy, State};
 use crate::log::log;
+use crate::oom::Kills;
 use crate::reaper::{Exit, Reaper};
 use crate::status::Status;
 use gateway::Process;
@@ -72,6 +73,7 @@ pub struct Owner {
     process: Option<Process>,
     /// Passes on the standard error of the last process.
     relay: Option<JoinHandle<()>>,
+    kills: Kills,
     /// The sweep found nothing, but the exit of `process` has not come through yet.
     is_swept: bool,
     starts: u64,
@@ -108,6 +110,7 @@ impl Owner {
             state,
             process: None,
             relay: None,
+            kills: Kills::new(),
             is_swept: false,
             starts: 0,
             backups,
@@ -162,7 +165,9 @@ impl Owner {
                 self.ask_version();
             }
             Event::Version(version) => self.status.openclaw = Some(version),
-            Event::AskFailed(pid) if self.is_current(pid) => signal(pid, Signal::SIGTERM),
+            Event::AskFailed(pid) if self.is_current(pid) => {
+                self.reaper.signal(pid, Signal::SIGTERM);
+            }
             Event::Ready(_) | Event::AskFailed(_) => {}
             Event::Swept if self.process.is_some() => self.is_swept = true,
             Event::Swept => self.step(state::Event::Swept),
@@ -252,7 +257,7 @@ impl Owner {
             }
             Action::Terminate => {
                 if let Some(process) = &self.process {
-                    signal(process.pid, Signal::SIGTERM);
+                    self.reaper.signal(process.pid, Signal::SIGTERM);
                 }
                 None
             }
@@ -311,11 +316,6 @@ async fn until(due: Option<Instant>) {
         Some(due) => sleep_until(due).await,
         None => std::future::pending().await,
     }
-}
-
-/// To a child whose exit has not come through, so the pid is still its own.
-fn signal(pid: Pid, signal: Signal) {
-    let _ = kill(pid, signal);
 }
 
 /// Evenly between 0 and 1; without randomness, in the middle.

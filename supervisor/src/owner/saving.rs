@@ -144,7 +144,7 @@ impl Owner {
                 );
                 self.status.backup_error = Some((failure.error.clone(), SystemTime::now()));
                 // It may have ended while it held the gateway still.
-                sweep::resume(&self.belongs());
+                tokio::spawn(sweep::resume(self.belongs()));
                 if failure.code == code::FENCED {
                     self.backups.fence();
                 }

@@ -2,7 +2,8 @@
 //!
 //! `make bench-backup` measures everything, and writes `docs/benchmarks/backup.md`, its plot and the raw run.
 //! `cargo bench -p e2e --bench backup -- WORD…` measures or prints only what the words name: the workloads `W1` and `W2`, how
-//! many rounds (a number), `memory` (the agent's peak with a million files, and with one huge hole), `render FILE` (the page of a raw run).
+//! many rounds (a number), `instant` (how many backups of a tree that is written to are of one instant), `memory` (the agent's
+//! peak with a million files, and with one huge hole), `render FILE` (the page of a raw run).
 //! Peers are taken from `PATH` ([`tests/install-peers.sh`] puts them somewhere); whatever is missing is left out and named.
 
 #![expect(
@@ -26,6 +27,7 @@ use self::server::Server;
 use self::tools::{Floor, Lane, Run, Tool};
 
 mod chart;
+mod instant;
 mod measure;
 mod memory;
 mod report;
@@ -59,6 +61,7 @@ fn main() -> Outcome {
         ["serve"] => server::serve(),
         ["measure", program, ..] => measure::between(program, &arguments[2..]),
         ["memory"] => memory::run(),
+        ["instant"] => instant::run(&found()),
         ["render", file] => {
             let report = Report::read(Path::new(file))?;
             report.write_page(Path::new(file))

@@ -174,6 +174,12 @@ impl Report {
         })
     }
 
+    /// When, where and with what.
+    pub fn origin(&self) -> String {
+        let versions = self.versions.join(", ");
+        format!("{}, on {}; {versions}", self.date, self.machine)
+    }
+
     pub fn tools(&self) -> &[Tool] {
         &self.tools
     }

@@ -3,13 +3,16 @@
 //! `fake-gateway PORT FOLDER`. `FOLDER/behaviour.json` says what this start does, so that a test can change its mind
 //! between two starts; `FOLDER/starts.jsonl` gets a line with what the process found itself to be.
 
+mod forks;
+
 use std::fs::{self, OpenOptions};
 use std::io::{Read as _, Write as _};
 use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use nix::time::{ClockId, clock_gettime};
 use serde_json::{Value, json};
@@ -41,9 +44,8 @@ fn main() {
             &json!({ "pid": std::process::id() }),
         );
     }
-    if behaviour["deaf"] == true {
-        let nobody = Arc::new(AtomicBool::new(false));
-        signal_hook::flag::register(SIGTERM, nobody).expect("SIGTERM can be caught");
+    if let Some(count) = behaviour["endedOrphans"].as_u64() {
+        forks::orphans(count);
     }
     if let Some(code) = behaviour["exit"].as_i64() {
         std::process::exit(i32::try_from(code).expect("is an exit code"));
@@ -52,9 +54,39 @@ fn main() {
         // The real one refuses to be the second one like this.
         std::process::exit(78)
     });
+    if behaviour["holder"] == true {
+        forks::holder();
+    }
+    if behaviour["stopped"] == true {
+        forks::stopped();
+    }
+    let number = |name: &str| behaviour[name].as_u64().unwrap_or_default();
+    forks::rabbits(
+        number("rabbits"),
+        Duration::from_millis(number("rabbitsRestMs")),
+    );
+    take_sigterm(&behaviour, &folder);
     for stream in listener.incoming().flatten() {
         let (folder, behaviour) = (folder.clone(), behaviour.clone());
         std::thread::spawn(move || serve(stream, &folder, &behaviour));
+    }
+}
+
+/// Deaf to SIGTERM, or in no hurry: a gateway that drains ends when there is a file `drained`.
+fn take_sigterm(behaviour: &Value, folder: &Path) {
+    if behaviour["deaf"] != true && behaviour["drains"] != true {
+        return;
+    }
+    let is_asked = Arc::new(AtomicBool::new(false));
+    signal_hook::flag::register(SIGTERM, is_asked.clone()).expect("SIGTERM can be caught");
+    if behaviour["drains"] == true {
+        let drained = folder.join("drained");
+        std::thread::spawn(move || {
+            while !(is_asked.load(Ordering::Relaxed) && drained.exists()) {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            std::process::exit(0);
+        });
     }
 }
 
@@ -158,12 +190,21 @@ fn serve(mut stream: TcpStream, folder: &Path, behaviour: &Value) {
             &json!({ "monotonic": monotonic }),
         );
         std::process::exit(code.expect("is an exit code"));
+    } else if start.starts_with("GET /hog") {
+        hog();
     } else if behaviour["silent"] == true {
         // Holds the line without a word until the other side gives up.
         let _ = stream.read_to_end(&mut Vec::new());
     } else if let Ok(socket) = tungstenite::accept(stream) {
         let _ = talk(socket, folder);
     }
+}
+
+/// Takes memory until somebody objects, or it is more than any test allows.
+fn hog() {
+    const MIB: usize = 1 << 20;
+    let taken: Vec<Vec<u8>> = (0..1024).map(|_| vec![1; MIB]).collect();
+    std::process::exit(i32::from(taken.is_empty()));
 }
 
 fn answer(stream: &mut TcpStream, line: &str, body: &str) {
