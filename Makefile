@@ -61,7 +61,7 @@ lint: $(DENY) $(WORKER) ## Check format, clippy, types, shell scripts, and depen
 advisories: $(DENY) ## Check dependencies against the RustSec advisories (fetches that database from GitHub)
 	$(DENY) --locked check advisories
 
-release: ## Build both static binaries into dist/ and print their sizes
+release: ## Build both static binaries into dist/ and print their sizes; the supervisor's must be under 1.5 MiB
 	$(call need,command -v musl-gcc,musl-tools)
 	@rustup target list --installed | grep -qx $(TARGET) || rustup target add $(TARGET)
 	@mkdir -p dist
@@ -71,10 +71,20 @@ release: ## Build both static binaries into dist/ and print their sizes
 	    cargo build --locked --profile $$profile --target $(TARGET) -p $$binary; \
 	    install "$${CARGO_TARGET_DIR:-target}/$(TARGET)/$$profile/$$binary" dist/; \
 	done
-	@stat -c '%s %n' dist/supervisor dist/backup-agent | awk '{ printf "%-18s %8d bytes  %.2f MiB\n", $$2, $$1, $$1 / 1048576 }'
+	@stat -c '%s %n' dist/supervisor dist/backup-agent | awk '{ \
+	    printf "%-18s %8d bytes  %.2f MiB\n", $$2, $$1, $$1 / 1048576; if ($$2 ~ /supervisor/ && $$1 > 1572864) status = 1 } \
+	    END { exit status }'
 
 bench: release ## Measure the released binaries with a real gateway; prints a table
 	@E2E_BIN_DIR="$$PWD/dist" cargo bench --locked -p e2e --bench runtime
+
+bench-supervisor: release ## Measure the supervisor beside its peers; writes docs/benchmarks/supervisor.md; needs root
+	$(call need,command -v s6-svscan,s6)
+	$(call need,python3 -c 'import ensurepip',python3-venv)
+	@cargo build --locked --release --target $(TARGET) -p supervisor --example hello
+	@export PATH="$$(tests/install-supervisors.sh):$$PATH" E2E_BIN_DIR="$$PWD/dist"; \
+	    export E2E_HELLO="$${CARGO_TARGET_DIR:-target}/$(TARGET)/release/examples/hello"; \
+	    E2E_HELLO=$$(realpath "$$E2E_HELLO") cargo bench --locked -p e2e --bench supervisor
 
 bench-backup: release ## Measure backup and restore beside the peers in PATH; writes docs/benchmarks/backup.md
 	@E2E_BIN_DIR="$$PWD/dist" cargo bench --locked -p e2e --bench backup

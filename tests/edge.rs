@@ -117,7 +117,7 @@ fn device_and_files_survive_a_sleep() -> Outcome {
     assert_ne!(edge.container(), container);
     assert_eq!(
         status["restore"],
-        json!({ "status": "done", "snapshot": store.head(), "error": null })
+        json!({ "status": "done", "snapshot": store.head(), "error": null, "progress": null })
     );
     assert!(
         edge.shell("cat /data/.openclaw/workspace/before.bin") == before,
@@ -180,7 +180,7 @@ fn container_killed_in_mid_backup_comes_back_with_the_last_snapshot() -> Outcome
     assert_ne!(edge.container(), container);
     assert_eq!(
         status["restore"],
-        json!({ "status": "done", "snapshot": good, "error": null })
+        json!({ "status": "done", "snapshot": good, "error": null, "progress": null })
     );
     assert_eq!(store.head(), good);
     assert_eq!(store.keys("snapshots/").len(), 1, "{:?}", store.keys(""));

@@ -27,11 +27,12 @@ impl Notes {
 }
 
 fn steady(value: &mut Value) {
-    const CHANGING: [&str; 6] = [
+    const CHANGING: [&str; 7] = [
         "pid",
         "since",
         "at",
         "nextAt",
+        "nextAttemptAt",
         "lastErrorAt",
         "uptimeSeconds",
     ];

@@ -72,7 +72,7 @@ fn the_api_answers_while_the_restore_runs_and_the_gateway_starts_only_after_it()
     let status = supervisor.status();
     assert_eq!(
         status["restore"],
-        json!({ "status": "done", "snapshot": "snapshot-0", "error": null })
+        json!({ "status": "done", "snapshot": "snapshot-0", "error": null, "progress": null })
     );
     assert_eq!(status["lastBackup"], "2026-11-21T00:00:00.000Z");
     assert_eq!(status["backup"]["status"], "idle");
@@ -85,7 +85,7 @@ fn an_empty_store_starts_fresh_with_backups_on() {
     let status = supervisor.status();
     assert_eq!(
         status["restore"],
-        json!({ "status": "empty", "snapshot": null, "error": null })
+        json!({ "status": "empty", "snapshot": null, "error": null, "progress": null })
     );
     assert_eq!(status["backup"]["status"], "idle");
 }
@@ -472,7 +472,7 @@ fn after_a_failed_restore_nothing_starts_and_nothing_is_backed_up_until_one_succ
     supervisor.until_running(1);
     assert_eq!(
         supervisor.status()["restore"],
-        json!({ "status": "done", "snapshot": "snapshot-0", "error": null })
+        json!({ "status": "done", "snapshot": "snapshot-0", "error": null, "progress": null })
     );
     assert!(supervisor.setup.agent_calls("backup").is_empty());
     assert_eq!(supervisor.post("/v1/backup").status, 200);

@@ -45,8 +45,11 @@ pub fn main() -> ExitCode {
         }
     };
     let json = cli.flags.json;
-    if std::io::stderr().is_terminal() && !cli.flags.quiet {
-        progress::show();
+    match std::io::stderr().is_terminal() {
+        _ if cli.flags.quiet => {}
+        true => progress::show(),
+        false if json => progress::tell(),
+        false => {}
     }
     let result = Config::load(&cli, |name| std::env::var_os(name))
         .and_then(|config| interrupt::bounded(&config, &cli.verb));

@@ -48,9 +48,23 @@ pub fn set_limit(level: Level) {
 
 /// Writes one line. A standard error that is gone is no reason to fail.
 pub fn write(level: Level, msg: &str, fields: &[(&str, Value)]) {
-    if level as u8 > LIMIT.load(Ordering::Relaxed) {
-        return;
+    if level as u8 <= LIMIT.load(Ordering::Relaxed) {
+        print(level, msg, fields);
     }
+}
+
+/// How far the work is, for the supervisor to show: a result rather than a record, so no level drops it.
+pub fn progress(what: &'static str, done: u64, total: u64, rate: u64) {
+    let fields = [
+        ("work", what.into()),
+        ("doneBytes", done.into()),
+        ("totalBytes", total.into()),
+        ("bytesPerSecond", rate.into()),
+    ];
+    print(Level::Info, "progress", &fields);
+}
+
+fn print(level: Level, msg: &str, fields: &[(&str, Value)]) {
     let mut line = Map::new();
     line.insert("ts".into(), crate::snapshot::id::now().1.into());
     line.insert("level".into(), level.name().into());

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
-use serde_json::Value;
+use serde_json::{Value, json};
 use tokio::io::AsyncReadExt as _;
 use tokio::net::unix::pipe;
 use tokio::sync::oneshot;
@@ -20,6 +20,7 @@ use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use crate::config::Config;
 use crate::reaper::{Exit, Reaper, pid};
+use crate::stderr;
 
 /// How much longer than its own bound the agent may take.
 const BACKSTOP: Duration = Duration::from_secs(10);
@@ -29,6 +30,9 @@ const GRACE: Duration = Duration::from_secs(5);
 
 /// A prune has a line for each snapshot: thousands, on a store that was never pruned.
 const MAX_OUTPUT: u64 = 1024 * 1024;
+
+/// Nothing moves when no line about it comes.
+const STALLED_AFTER: Duration = Duration::from_secs(5);
 
 pub mod code {
     pub const NO_SNAPSHOT: i32 = 10;
@@ -68,6 +72,40 @@ pub struct Failure {
 
 pub type Outcome = Result<Value, Failure>;
 
+/// How far a run has come, from the lines that the agent logs about it: at most one a second, none in a short run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Progress {
+    done: u64,
+    total: u64,
+    rate: u64,
+    at: Instant,
+}
+
+impl Progress {
+    /// A line of the agent's log, when it is such a line.
+    fn read(line: &[u8]) -> Option<Self> {
+        const MARK: &[u8] = br#""msg":"progress""#;
+        line.windows(MARK.len()).find(|part| *part == MARK)?;
+        let line: Value = serde_json::from_slice(line).ok()?;
+        let number = |name: &str| line[name].as_u64();
+        Some(Self {
+            done: number("doneBytes")?,
+            total: number("totalBytes")?,
+            rate: number("bytesPerSecond")?,
+            at: Instant::now(),
+        })
+    }
+
+    pub fn render(self) -> Value {
+        let rate = if self.at.elapsed() < STALLED_AFTER {
+            self.rate
+        } else {
+            0
+        };
+        json!({ "doneBytes": self.done, "totalBytes": self.total, "bytesPerSecond": rate })
+    }
+}
+
 /// A run under way: its process, and how to cut it short.
 pub struct Run {
     pub pid: Option<Pid>,
@@ -79,12 +117,13 @@ pub fn executable() -> io::Result<PathBuf> {
     Ok(std::env::current_exe()?.with_file_name("backup-agent"))
 }
 
-/// Starts a run; `done` is called with its outcome.
+/// Starts a run; `tell` is called with how far it is, `done` with its outcome.
 pub fn start(
     config: &Config,
     reaper: &Reaper,
     executable: &PathBuf,
     verb: Verb,
+    tell: impl Fn(Progress) + Send + 'static,
     done: impl FnOnce(Outcome) + Send + 'static,
 ) -> Run {
     let mut command = Command::new(executable);
@@ -99,6 +138,7 @@ pub fn start(
         )
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
         // Ctrl-C in a terminal is for us to handle.
         .process_group(0);
     let limit = BACKSTOP
@@ -111,20 +151,33 @@ pub fn start(
     let started = reaper.spawn(&mut command).and_then(|(mut child, exit)| {
         let pid = pid(&child);
         let output = child.stdout.take().expect("was asked to be piped");
+        let errors = child.stderr.take().expect("was asked to be piped");
+        let receiver = |end: OwnedFd| pipe::Receiver::from_owned_fd(end);
         Ok((
             pid,
             exit,
-            pipe::Receiver::from_owned_fd(OwnedFd::from(output))?,
+            receiver(output.into())?,
+            receiver(errors.into())?,
         ))
     });
     match started {
-        Ok((pid, exit, output)) => {
+        Ok((pid, exit, output, errors)) => {
             tokio::spawn(async move {
                 let reading = tokio::spawn(read(output));
+                let mut relaying = tokio::spawn(stderr::relay(errors, move |line| {
+                    let progress = Progress::read(line);
+                    progress.map(&tell).is_none()
+                }));
                 let (exit, is_late) = supervise(&reaper, pid, exit, cancelled, limit).await;
-                // The pipe may outlive the agent when something of its own holds it; its answer does not.
+                // The pipes may outlive the agent when something of its own holds them; its answer does not.
                 let text = timeout(Duration::from_secs(1), reading).await;
                 let text = text.ok().and_then(Result::ok).unwrap_or_default();
+                if timeout(Duration::from_secs(1), &mut relaying)
+                    .await
+                    .is_err()
+                {
+                    relaying.abort();
+                }
                 done(judge(exit, is_late, &text).map_err(|mut failure| {
                     failure.error = secrets.scrub(&failure.error);
                     failure

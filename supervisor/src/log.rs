@@ -1,15 +1,14 @@
 //! Logs: one JSON object per line on standard error, one line per change of state.
 //!
-//! A message is constant; what varies is in the fields. A write that fails is dropped: PID 1 does not die of a full disk
-//! or a closed pipe. Nothing passed in here may hold a secret; text that others wrote goes through `Secrets::scrub` first.
+//! A message is constant; what varies is in the fields. A write that fails or would have to wait is dropped: PID 1
+//! does not die of a full disk or a closed pipe, and waits for no reader. Nothing passed in here may hold a secret; text that others wrote goes through `Secrets::scrub` first.
 
-use std::io::Write as _;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::SystemTime;
 
 use serde_json::Value;
 
-use crate::clock;
+use crate::{clock, stderr};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Level {
@@ -45,7 +44,7 @@ pub fn write(level: Level, message: &'static str, fields: &[(&'static str, Value
     }
     let line = line(SystemTime::now(), level, message, fields);
     // One write per line, so that lines of other processes on the same pipe do not end up inside ours.
-    let _ = std::io::stderr().write_all(line.as_bytes());
+    stderr::write(line.as_bytes());
 }
 
 fn line(

@@ -13,14 +13,16 @@ mod log;
 mod oom;
 mod owner;
 mod reaper;
+mod redact;
 mod secret;
 mod signals;
 mod status;
+mod stderr;
 
 use std::ffi::OsString;
 use std::io::{self, Write as _};
 use std::process::ExitCode;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use nix::sys::prctl;
 use tokio::net::TcpListener;
@@ -175,6 +177,7 @@ async fn serve(
         events: events.clone(),
         approvals: Approvals::default(),
         booted: Instant::now(),
+        refusals: Mutex::default(),
     };
     let server = Server::start(listener, Arc::new(context));
     let is_saved = Owner::new(config, agent, reaper, events, published)

@@ -4,9 +4,13 @@ use std::time::SystemTime;
 
 use serde_json::{Value, json};
 
+use crate::agent::Progress;
 use crate::clock::rfc3339;
 use crate::config::Config;
 use crate::reaper::Exit;
+use crate::redact::{is_secret_name, redact};
+use crate::secret::Secret;
+use crate::stderr::Tail;
 
 #[derive(Clone, Debug)]
 pub struct Status {
@@ -16,12 +20,21 @@ pub struct Status {
     pub since: SystemTime,
     pub restarts: u64,
     pub last_exit: Option<LastExit>,
+    /// When the gateway, or a restore that failed, is tried again.
+    pub next_attempt: Option<SystemTime>,
+    /// The end of what the gateway wrote on its standard error, and whether that is of interest: it fails again and again.
+    pub stderr: Tail,
+    pub shows_stderr: bool,
     /// RFC 3339, as the agent gave it.
     pub last_backup: Option<String>,
     pub backup: &'static str,
     pub snapshot: Option<String>,
     pub backup_error: Option<(String, SystemTime)>,
     pub next_backup: Option<SystemTime>,
+    /// Of the last snapshot: how long the gateway was stopped for it, in how many rounds it was read. As the agent says.
+    pub pause: (Value, Value),
+    pub backup_progress: Option<Progress>,
+    pub restore_progress: Option<Progress>,
     pub restore: &'static str,
     pub restored: Option<String>,
     pub restore_error: Option<String>,
@@ -60,11 +73,17 @@ impl Status {
             since: SystemTime::now(),
             restarts: 0,
             last_exit: None,
+            next_attempt: None,
+            stderr: Tail::default(),
+            shows_stderr: false,
             last_backup: None,
             backup: "disabled",
             snapshot: None,
             backup_error: None,
             next_backup: None,
+            pause: (Value::Null, Value::Null),
+            backup_progress: None,
+            restore_progress: None,
             restore: "running",
             restored: None,
             restore_error: None,
@@ -85,6 +104,8 @@ impl Status {
                 "since": rfc3339(self.since),
                 "restarts": self.restarts,
                 "lastExit": self.last_exit.map(LastExit::render),
+                "nextAttemptAt": self.next_attempt.map(rfc3339),
+                "stderrTail": self.stderr_tail(config),
             },
             "lastBackup": self.last_backup,
             "backup": {
@@ -94,16 +115,34 @@ impl Status {
                 "lastError": error,
                 "lastErrorAt": error_at,
                 "nextAt": self.next_backup.map(rfc3339),
+                "pauseMs": self.pause.0,
+                "rounds": self.pause.1,
+                "progress": self.backup_progress.map(Progress::render),
             },
             "restore": {
                 "status": self.restore,
                 "snapshot": self.restored,
                 "error": self.restore_error,
+                "progress": self.restore_progress.map(Progress::render),
             },
             "instance": { "id": config.instance_id, "type": config.instance_type },
             "container": { "instanceType": config.instance_type },
             "version": { "runtime": env!("CARGO_PKG_VERSION"), "openclaw": self.openclaw },
             "uptimeSeconds": uptime_seconds,
         })
+    }
+
+    /// Nobody has checked what the gateway writes, so it is shown without anything that may be a secret.
+    fn stderr_tail(&self, config: &Config) -> Option<String> {
+        if !self.shows_stderr {
+            return None;
+        }
+        let own = config.secrets.0.iter().map(Secret::expose);
+        let given = config
+            .gateway_environment
+            .iter()
+            .filter_map(|(name, value)| is_secret_name(name.to_str()?).then(|| value.to_str())?);
+        let (text, is_cut) = self.stderr.get();
+        Some(redact(&text, is_cut, &own.chain(given).collect::<Vec<_>>()))
     }
 }

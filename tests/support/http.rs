@@ -21,6 +21,23 @@ impl Response {
         found.map(|(_, value)| value.as_str())
     }
 
+    /// Whether it has the form that every answer has.
+    pub fn is_enveloped(&self) -> bool {
+        let fields = self.body.as_object().map(serde_json::Map::len);
+        let is_json = self.header("content-type") == Some("application/json");
+        let is_text = |name: &str| {
+            self.body[name]
+                .as_str()
+                .is_some_and(|text| !text.is_empty())
+        };
+        let fits = if self.status < 400 {
+            self.body["ok"] == true && self.body["data"].is_object() && fields == Some(2)
+        } else {
+            self.body["ok"] == false && is_text("error") && is_text("code") && fields == Some(3)
+        };
+        is_json && fits
+    }
+
     /// `code` of an error.
     pub fn code(&self) -> &str {
         self.body["code"].as_str().unwrap_or("none")
@@ -60,6 +77,26 @@ pub fn raw(address: SocketAddr, bytes: &[u8]) -> String {
     let mut answer = Vec::new();
     let _ = stream.read_to_end(&mut answer);
     String::from_utf8_lossy(&answer).into_owned()
+}
+
+/// All answers that came over a connection, one after the other; nothing when they are not all whole.
+pub fn answers(mut bytes: &str) -> Option<Vec<Response>> {
+    let mut answers = Vec::new();
+    while !bytes.is_empty() {
+        let (head, rest) = bytes.split_once("\r\n\r\n")?;
+        if head.starts_with("HTTP/1.1 100") {
+            bytes = rest;
+            continue;
+        }
+        let length = parse(&format!("{head}\r\n\r\n"))?
+            .header("content-length")?
+            .parse()
+            .ok()?;
+        let body = rest.get(..length)?;
+        answers.push(parse(&format!("{head}\r\n\r\n{body}"))?);
+        bytes = &rest[length..];
+    }
+    Some(answers)
 }
 
 /// An answer as it came over the wire; a body that is not JSON is null.

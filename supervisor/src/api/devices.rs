@@ -58,7 +58,7 @@ pub async fn approve(
         Ok(mut answer) => {
             let device = without_secrets(answer["device"].take());
             approvals.add(request, device.clone());
-            log!(Info, "device approved", request = request);
+            log!(Info, "device approved");
             device
         }
         Err(error) if is_unknown(&error) => {

@@ -20,6 +20,8 @@ const STORE_RETRY: &str = "30";
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Problem {
     InvalidRequest(&'static str),
+    /// Not a request at all, with the status that HTTP has for what is wrong.
+    Unreadable(StatusCode),
     Unauthorized,
     NotFound,
     /// With what is allowed.
@@ -37,6 +39,11 @@ impl Problem {
     fn parts(&self) -> (StatusCode, &'static str, &str) {
         match self {
             Self::InvalidRequest(reason) => (StatusCode::BAD_REQUEST, "invalid_request", reason),
+            Self::Unreadable(status) => (
+                *status,
+                "invalid_request",
+                "this cannot be read as a request of HTTP/1.1, or its head is too large",
+            ),
             Self::Unauthorized => (
                 StatusCode::UNAUTHORIZED,
                 "unauthorized",
@@ -80,12 +87,14 @@ impl Problem {
         }
     }
 
+    pub fn body(&self) -> Value {
+        let (_, code, error) = self.parts();
+        json!({ "ok": false, "error": error, "code": code })
+    }
+
     pub fn answer(&self) -> Answer {
-        let (status, code, error) = self.parts();
-        let mut answer = json(
-            status,
-            &json!({ "ok": false, "error": error, "code": code }),
-        );
+        let (status, ..) = self.parts();
+        let mut answer = json(status, &self.body());
         let headers = answer.headers_mut();
         match self {
             // Who has no token gets no connection to keep either.

@@ -1,9 +1,12 @@
-//! The HTTP API: `server` takes connections, `auth` checks the token, `routes` answers, `envelope` gives answers their form.
+//! The HTTP API: `server` takes connections and `places` decides whose may stay, `auth` checks the token, `routes` answers,
+//! `envelope` gives answers their form, and `wire` those that hyper makes by itself.
 //!
 //! It owns no state: it reads what the owner publishes, and sends it commands that carry their own way back.
 
 pub mod auth;
 pub mod devices;
 pub mod envelope;
+mod places;
 pub mod routes;
 pub mod server;
+mod wire;

@@ -1,6 +1,6 @@
 //! Which request means what. The token comes before everything: a stranger learns nothing about paths or methods.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use http_body_util::{BodyExt as _, Limited};
@@ -13,6 +13,7 @@ use tokio::time::{Instant, timeout};
 use super::auth;
 use super::devices::{self, Approvals};
 use super::envelope::{Answer, Problem, success};
+use super::places::Stage;
 use crate::config::Config;
 use crate::log::log;
 use crate::owner::{Event, Events};
@@ -29,12 +30,23 @@ const OWNER_TIME_LIMIT: Duration = Duration::from_secs(5);
 /// Beyond the agent's own bound: its backstop and the exit.
 const BACKUP_SLACK: Duration = Duration::from_secs(20);
 
+/// Lines about requests without a token: one at once, then one for all that come within this.
+const REFUSAL_INTERVAL: Duration = Duration::from_secs(1);
+
 pub struct Context {
     pub config: Arc<Config>,
     pub status: watch::Receiver<Status>,
     pub events: Events,
     pub approvals: Approvals,
     pub booted: Instant,
+    pub refusals: Mutex<Refusals>,
+}
+
+/// Requests without a token that no line has told of yet, and when the last line was.
+#[derive(Default)]
+pub struct Refusals {
+    count: u64,
+    told: Option<Instant>,
 }
 
 #[derive(Debug, PartialEq, Eq)]
@@ -47,19 +59,92 @@ enum Route {
     Approve(String),
 }
 
-pub async fn handle(context: Arc<Context>, request: Request<Incoming>) -> Answer {
-    match answer(&context, request).await {
+/// Nothing of a request is logged but method, pattern of the path, status and time; of one without the token, that it came.
+pub async fn handle(context: Arc<Context>, request: Request<Incoming>, stage: Stage) -> Answer {
+    if !auth::is_authorized(request.headers(), &context.config.service_token) {
+        refused(&context.refusals);
+        return Problem::Unauthorized.answer();
+    }
+    stage.begin();
+    let begun = Instant::now();
+    let method = known(request.method());
+    let route = route(request.uri().path());
+    let pattern = route.as_ref().map_or("none", Route::pattern);
+    let answer = match answer(&context, route, request).await {
         Ok(answer) => answer,
         Err(problem) => problem.answer(),
+    };
+    let status = answer.status().as_u16();
+    let duration_ms = begun.elapsed().as_secs_f64() * 1000.0;
+    // Whoever watches asks for the status every few seconds.
+    if method == "GET" {
+        log!(
+            Debug,
+            "request",
+            method = method,
+            route = pattern,
+            status = status,
+            duration_ms = duration_ms
+        );
+    } else {
+        log!(
+            Info,
+            "request",
+            method = method,
+            route = pattern,
+            status = status,
+            duration_ms = duration_ms
+        );
+    }
+    answer
+}
+
+/// A name that is nobody's own words.
+fn known(method: &Method) -> &'static str {
+    match *method {
+        Method::GET => "GET",
+        Method::POST => "POST",
+        _ => "other",
     }
 }
 
-async fn answer(context: &Context, request: Request<Incoming>) -> Result<Answer, Problem> {
-    if !auth::is_authorized(request.headers(), &context.config.service_token) {
-        log!(Warn, "request without a valid token");
-        return Err(Problem::Unauthorized);
+fn refused(refusals: &Mutex<Refusals>) {
+    let mut refusals = refusals.lock().unwrap_or_else(PoisonError::into_inner);
+    refusals.count += 1;
+    let is_due = refusals
+        .told
+        .is_none_or(|told| told.elapsed() >= REFUSAL_INTERVAL);
+    if is_due {
+        log!(
+            Warn,
+            "request without a valid token",
+            count = refusals.count
+        );
+        *refusals = Refusals {
+            count: 0,
+            told: Some(Instant::now()),
+        };
     }
-    let route = route(request.uri().path())?;
+}
+
+impl Route {
+    fn pattern(&self) -> &'static str {
+        match self {
+            Self::Status => "/v1/status",
+            Self::Restart => "/v1/restart",
+            Self::Backup => "/v1/backup",
+            Self::Devices => "/v1/devices",
+            Self::Approve(_) => "/v1/devices/{requestId}/approve",
+        }
+    }
+}
+
+async fn answer(
+    context: &Context,
+    route: Result<Route, Problem>,
+    request: Request<Incoming>,
+) -> Result<Answer, Problem> {
+    let route = route?;
     let allowed = match route {
         Route::Status | Route::Devices => Method::GET,
         Route::Restart | Route::Backup | Route::Approve(_) => Method::POST,

@@ -1,4 +1,5 @@
 //! Takes connections and bounds them: how many, how long a request head may take, how large it may be.
+//! Nobody can keep others out by connecting: every connection is taken at once, and with all places taken another one goes.
 //!
 //! Invariant: no connection and no request ends the process. A handler runs in a task of its own, so a panic in one is
 //! a 500 (releases unwind, see the workspace's profile); an `accept` that fails is logged and waited out.
@@ -12,13 +13,16 @@ use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::task::yield_now;
 use tokio::time::{sleep, timeout};
 
 use super::envelope::{Answer, Problem};
+use super::places::{Places, Stage};
 use super::routes::{self, Context};
+use super::wire::Wire;
 use crate::log::log;
 
-/// More wait in the kernel's queue. The orchestrator needs one.
+/// The orchestrator needs one.
 const MAX_CONNECTIONS: usize = 128;
 
 /// For the head of a request, and between two of them: idle and slow connections go.
@@ -67,14 +71,31 @@ async fn accept(
     closing: watch::Sender<()>,
 ) {
     let mut closed = closing.subscribe();
-    while let Ok(place) = places.clone().acquire_owned().await {
+    let mut taken = Places::default();
+    loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
             _ = closed.changed() => return,
         };
         match accepted {
             Ok((stream, _)) => {
-                tokio::spawn(serve(stream, context.clone(), closing.subscribe(), place));
+                if places.available_permits() == 0 {
+                    taken.shed();
+                }
+                let Ok(place) = places.clone().acquire_owned().await else {
+                    return;
+                };
+                let stage = Stage::default();
+                let connection = serve(
+                    stream,
+                    context.clone(),
+                    closing.subscribe(),
+                    stage.clone(),
+                    place,
+                );
+                taken.add(tokio::spawn(connection).abort_handle(), stage);
+                // Its request may be there already, and is heard before the next connection takes its place.
+                yield_now().await;
             }
             Err(error) => {
                 log!(
@@ -92,20 +113,26 @@ async fn serve(
     stream: TcpStream,
     context: Arc<Context>,
     mut closing: watch::Receiver<()>,
+    stage: Stage,
     _place: OwnedSemaphorePermit,
 ) {
     // Answers are single small writes; waiting to merge them only delays.
     let _ = stream.set_nodelay(true);
     let service = service_fn(move |request| {
-        let answer = contained(routes::handle(context.clone(), request));
-        async { Ok::<_, Infallible>(answer.await) }
+        let answer = contained(routes::handle(context.clone(), request, stage.clone()));
+        let stage = stage.clone();
+        async move {
+            let answer = answer.await;
+            stage.end();
+            Ok::<_, Infallible>(answer)
+        }
     });
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(HEAD_TIME_LIMIT)
         .max_buf_size(BUFFER)
         .max_headers(MAX_HEADERS)
-        .serve_connection(TokioIo::new(stream), service);
+        .serve_connection(Wire(TokioIo::new(stream)), service);
     let mut connection = std::pin::pin!(connection);
     // Broken connections are the peer's business: nothing of them is logged.
     tokio::select! {

@@ -2,12 +2,13 @@
 
 use std::fs;
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
-use std::process::Command;
+use std::process::{ChildStderr, Command, Stdio};
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 use serde_json::json;
+use tokio::net::unix::pipe;
 use tokio::task::JoinHandle;
 
 use super::{Event, Owner};
@@ -18,6 +19,7 @@ use crate::gateway::{files, probe, process, rpc};
 use crate::log::log;
 use crate::reaper::{Exit, pid};
 use crate::status::LastExit;
+use crate::stderr;
 
 /// The gateway takes a restart request in milliseconds; one that does not gets SIGTERM.
 const ASK_TIME_LIMIT: Duration = Duration::from_secs(2);
@@ -56,10 +58,12 @@ impl Owner {
 
     pub(super) fn spawn(&mut self, mut command: Command, is_gateway: bool) -> Option<state::Event> {
         self.is_swept = false;
+        command.stderr(Stdio::piped());
         self.kills.remember();
         match self.reaper.spawn(&mut command) {
-            Ok((child, exit)) => {
+            Ok((mut child, exit)) => {
                 let pid = pid(&child);
+                self.relay(child.stderr.take());
                 log!(Info, "started", pid = pid.as_raw(), is_gateway = is_gateway);
                 let events = self.events.clone();
                 tokio::spawn(async move {
@@ -97,6 +101,22 @@ impl Owner {
                 self.status.last_exit = Some(LastExit::now(exit, false));
                 Some(state::Event::Exited(Some(code)))
             }
+        }
+    }
+
+    /// Passes on what the process writes, from now until nobody can write any more, or the next one is there: whoever still
+    /// holds the pipe then is nothing of the gateway.
+    fn relay(&mut self, written: Option<ChildStderr>) {
+        let pipe = written.map(|end| pipe::Receiver::from_owned_fd(end.into()));
+        let relay = pipe.and_then(Result::ok).map(|pipe| {
+            let tail = self.status.stderr.clone();
+            tokio::spawn(stderr::relay(pipe, move |line| {
+                tail.add(line);
+                true
+            }))
+        });
+        if let Some(last) = std::mem::replace(&mut self.relay, relay) {
+            last.abort();
         }
     }
 

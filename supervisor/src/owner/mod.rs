@@ -8,16 +8,17 @@ mod saving;
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 use serde_json::Value;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender};
 use tokio::sync::{oneshot, watch};
-use tokio::time::{Instant, sleep_until};
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, sleep_until, timeout};
 
-use crate::agent::{Outcome, Run, Verb};
+use crate::agent::{Outcome, Progress, Run, Verb};
 use crate::api::envelope::Problem;
 use crate::backups::{Backups, Refusal};
 use crate::clock::Moment;
@@ -29,6 +30,12 @@ use crate::oom::Kills;
 use crate::reaper::{Exit, Reaper};
 use crate::status::Status;
 use gateway::Process;
+
+/// So many failures in a row, and what the gateway writes about them is of interest.
+const TELLING_FAILURES: u32 = 5;
+
+/// For what the gateway wrote before it ended, to be passed on.
+const LAST_WORDS: Duration = Duration::from_millis(100);
 
 /// What a backup answers to each call that shares it.
 pub type BackupAnswer = Result<Value, Problem>;
@@ -45,6 +52,7 @@ pub enum Event {
     /// The gateway could not be asked to go.
     AskFailed(Pid),
     Swept,
+    AgentProgressed(Verb, Progress),
     AgentEnded(Verb, Outcome),
 }
 
@@ -63,6 +71,8 @@ pub struct Owner {
     booted: Instant,
     state: State,
     process: Option<Process>,
+    /// Passes on the standard error of the last process.
+    relay: Option<JoinHandle<()>>,
     kills: Kills,
     /// The sweep found nothing, but the exit of `process` has not come through yet.
     is_swept: bool,
@@ -99,6 +109,7 @@ impl Owner {
             booted: Instant::now(),
             state,
             process: None,
+            relay: None,
             kills: Kills::new(),
             is_swept: false,
             starts: 0,
@@ -116,6 +127,9 @@ impl Owner {
             self.begin_backup();
             self.publish();
             if self.state.phase == Phase::Down && self.run.is_none() && self.backups.is_over() {
+                if let Some(relay) = self.relay.take() {
+                    let _ = timeout(LAST_WORDS, relay).await;
+                }
                 return !self.is_final_snapshot_lost;
             }
             // A backup that is due waits for a sweep or a prune, whose ends are events.
@@ -157,6 +171,7 @@ impl Owner {
             Event::Ready(_) | Event::AskFailed(_) => {}
             Event::Swept if self.process.is_some() => self.is_swept = true,
             Event::Swept => self.step(state::Event::Swept),
+            Event::AgentProgressed(verb, progress) => self.progressed(verb, progress),
             Event::AgentEnded(Verb::Restore, outcome) => self.restored(outcome),
             Event::AgentEnded(Verb::Backup | Verb::Fork, outcome) => self.backed_up(outcome),
             Event::AgentEnded(Verb::Prune, outcome) => self.pruned(outcome),
@@ -170,6 +185,9 @@ impl Owner {
             let before = self.state.word();
             let (state, action) =
                 state::next(self.state, current, self.now(), jitter(), &self.policy);
+            if self.state.phase != state.phase {
+                self.entered(&state);
+            }
             self.state = state;
             let after = self.state.word();
             if before != after {
@@ -188,6 +206,26 @@ impl Owner {
                 );
             }
             event = action.and_then(|action| self.act(action));
+        }
+    }
+
+    /// What the status tells of a new phase.
+    fn entered(&mut self, state: &State) {
+        let at = match state.phase {
+            Phase::Held { until } | Phase::Backoff { until } | Phase::Failed { until } => {
+                Some(until)
+            }
+            _ => None,
+        };
+        let wait = at.map(|at| at.saturating_sub(self.now()));
+        self.status.next_attempt = wait.map(|wait| SystemTime::now() + wait);
+        match state.phase {
+            Phase::Running { .. } => self.status.shows_stderr = false,
+            Phase::Failed { .. } => self.status.shows_stderr = true,
+            Phase::Backoff { .. } if state.failures >= TELLING_FAILURES => {
+                self.status.shows_stderr = true;
+            }
+            _ => {}
         }
     }
 

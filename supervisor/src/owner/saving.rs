@@ -5,7 +5,7 @@ use std::time::SystemTime;
 use serde_json::{Value, json};
 
 use super::{Event, Owner, jitter};
-use crate::agent::{self, Failure, Outcome, Verb, code};
+use crate::agent::{self, Failure, Outcome, Progress, Verb, code};
 use crate::api::envelope::Problem;
 use crate::gateway::state::{self, Phase};
 use crate::gateway::sweep;
@@ -21,18 +21,31 @@ impl Owner {
 
     pub(super) fn start_agent(&mut self, verb: Verb) {
         let events = self.events.clone();
+        let told = self.events.clone();
+        let tell = move |progress| drop(told.send(Event::AgentProgressed(verb, progress)));
         let done = move |outcome| drop(events.send(Event::AgentEnded(verb, outcome)));
         self.run = Some(agent::start(
             &self.config,
             &self.reaper,
             &self.agent,
             verb,
+            tell,
             done,
         ));
     }
 
+    /// Comes before the end of the run that it is about.
+    pub(super) fn progressed(&mut self, verb: Verb, progress: Progress) {
+        match verb {
+            Verb::Restore => self.status.restore_progress = Some(progress),
+            Verb::Backup | Verb::Fork => self.status.backup_progress = Some(progress),
+            Verb::Prune => {}
+        }
+    }
+
     pub(super) fn restored(&mut self, outcome: Outcome) {
         self.run = None;
+        self.status.restore_progress = None;
         if self.state.phase == Phase::Down {
             return;
         }
@@ -42,7 +55,14 @@ impl Owner {
                 self.status.restored = text(&answer["snapshot"]);
                 self.status.snapshot = text(&answer["snapshot"]);
                 self.status.last_backup = text(&answer["time"]);
-                log!(Info, "restored", snapshot = self.status.restored.clone());
+                log!(
+                    Info,
+                    "restored",
+                    snapshot = self.status.restored.clone(),
+                    files = answer["files"].clone(),
+                    bytes = answer["bytes"].clone(),
+                    duration_ms = answer["durationMs"].clone(),
+                );
                 state::Event::Restored
             }
             Err(Failure { code, .. }) if code == code::NO_SNAPSHOT => {
@@ -82,13 +102,27 @@ impl Owner {
 
     pub(super) fn backed_up(&mut self, outcome: Outcome) {
         self.run = None;
+        self.status.backup_progress = None;
         let answer = match outcome {
             Ok(answer) => {
                 let known = (self.status.last_backup.take(), self.status.snapshot.take());
                 self.status.last_backup = text(&answer["time"]).or(known.0);
                 self.status.snapshot = text(&answer["snapshot"]).or(known.1);
                 self.status.backup_error = None;
-                log!(Info, "backed up", snapshot = self.status.snapshot.clone());
+                if answer["unchanged"] != true {
+                    self.status.pause = (answer["pauseMs"].clone(), answer["rounds"].clone());
+                }
+                log!(
+                    Info,
+                    "backed up",
+                    snapshot = self.status.snapshot.clone(),
+                    unchanged = answer["unchanged"].clone(),
+                    files = answer["files"].clone(),
+                    bytes_uploaded = answer["bytesUploaded"].clone(),
+                    duration_ms = answer["durationMs"].clone(),
+                    pause_ms = answer["pauseMs"].clone(),
+                    rounds = answer["rounds"].clone(),
+                );
                 self.backups.saved(self.now());
                 Ok(json!({
                     "lastBackup": self.status.last_backup,
@@ -97,6 +131,8 @@ impl Owner {
                     "bytesUploaded": answer["bytesUploaded"],
                     "files": answer["files"],
                     "durationMs": answer["durationMs"],
+                    "pauseMs": answer["pauseMs"],
+                    "rounds": answer["rounds"],
                 }))
             }
             Err(failure) => {

@@ -1,7 +1,8 @@
 //! Stands in for `backup-agent`: answers as the test has written down beside it, and notes how it was called.
 //!
 //! `restore.json`, `backup.json` and `prune.json` hold a list of steps, one per run; the last one repeats. A step is
-//! `{"exit": 0, "answer": {…}, "gate": "name"}`; with a gate the run waits until a file of that name is there.
+//! `{"exit": 0, "answer": {…}, "gate": "name", "stderr": ["line"]}`; with a gate the run waits, after those lines, until a
+//! file of that name is there.
 
 use std::fs::{self, OpenOptions};
 use std::io::{Read as _, Write as _};
@@ -30,6 +31,9 @@ fn main() -> ExitCode {
         .filter(|line| line.contains(&format!("\"{verb}\"")))
         .count();
     let step = &steps[turn.min(steps.len()) - 1];
+    for line in step["stderr"].as_array().into_iter().flatten() {
+        eprintln!("{}", line.as_str().expect("is text"));
+    }
     if let Some(gate) = step["gate"].as_str() {
         while !folder.join(gate).exists() {
             std::thread::sleep(Duration::from_millis(5));

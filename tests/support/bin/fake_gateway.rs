@@ -32,6 +32,18 @@ fn main() {
     let found = who_am_i(&behaviour, &folder, started);
     note(&folder.join("starts.jsonl"), &found);
 
+    if let Some(text) = behaviour["stderr"].as_str() {
+        let repeat = usize::try_from(behaviour["repeat"].as_u64().unwrap_or(1)).expect("fits");
+        for _ in 0..repeat {
+            std::io::stderr()
+                .write_all(text.as_bytes())
+                .expect("can write");
+        }
+        note(
+            &folder.join("written.jsonl"),
+            &json!({ "pid": std::process::id() }),
+        );
+    }
     if let Some(count) = behaviour["endedOrphans"].as_u64() {
         forks::orphans(count);
     }
@@ -171,6 +183,12 @@ fn serve(mut stream: TcpStream, folder: &Path, behaviour: &Value) {
         answer(&mut stream, line, &body);
     } else if let Some(code) = start.strip_prefix("GET /exit/") {
         let code = code.split(' ').next().and_then(|code| code.parse().ok());
+        let now = clock_gettime(ClockId::CLOCK_MONOTONIC).expect("there is a clock");
+        let monotonic = now.tv_sec() * 1_000_000_000 + now.tv_nsec();
+        note(
+            &folder.join("exits.jsonl"),
+            &json!({ "monotonic": monotonic }),
+        );
         std::process::exit(code.expect("is an exit code"));
     } else if start.starts_with("GET /hog") {
         hog();

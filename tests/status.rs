@@ -1,0 +1,187 @@
+//! What `status` and the log tell whoever is woken at night: why, since when, how far, and no secret.
+
+use std::net::{SocketAddr, TcpListener};
+use std::process::{Child, Stdio};
+
+use e2e::http;
+use e2e::supervisor::{Setup, TOKEN};
+use e2e::wait::{until, until_some};
+use serde_json::{Value, json};
+
+const KNOWN: &str = "correct horse";
+
+/// A supervisor that might hang is not left behind by a test that fails.
+struct Killed(Child);
+
+impl Drop for Killed {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn bearer() -> String {
+    format!("Bearer {TOKEN}")
+}
+
+#[test]
+fn a_gateway_that_never_comes_up_shows_what_it_wrote_without_secrets() {
+    let setup = Setup::new()
+        .with("RUNTIME_GATEWAY_TOKEN", "gateway-token-of-ours")
+        .with("SOME_API_KEY", KNOWN);
+    let line = format!(
+        "cannot open the database\n{KNOWN} {TOKEN} gateway-token-of-ours\nAuthorization: Bearer abcdef\nsk-live-0123456789\n"
+    );
+    setup.behave(&json!({ "exit": 1, "stderr": line, "repeat": 100 }));
+    let supervisor = setup.start();
+    let first = supervisor.until_gateway("backoff");
+    assert_eq!(first["gateway"]["stderrTail"], Value::Null);
+    assert!(first["gateway"]["nextAttemptAt"].is_string());
+    let status = until_some("what it wrote", || {
+        let status = supervisor.status();
+        status["gateway"]["stderrTail"]
+            .is_string()
+            .then_some(status)
+    });
+    assert!(supervisor.setup.starts().len() >= 5);
+    let tail = status["gateway"]["stderrTail"].as_str().expect("is text");
+    assert!(
+        tail.contains("cannot open the database") && tail.len() <= 4096,
+        "{tail}"
+    );
+    for secret in [
+        "horse",
+        TOKEN,
+        "gateway-token-of-ours",
+        "abcdef",
+        "0123456789",
+    ] {
+        assert!(!tail.contains(secret), "{secret}: {tail}");
+    }
+
+    supervisor.setup.behave(&json!({}));
+    supervisor.until_gateway("running");
+    let status = supervisor.status();
+    assert_eq!(status["gateway"]["stderrTail"], Value::Null);
+    assert_eq!(status["gateway"]["nextAttemptAt"], Value::Null);
+}
+
+#[test]
+fn a_gateway_that_refuses_its_configuration_shows_why_at_once() {
+    let setup = Setup::new();
+    setup.behave(&json!({ "exit": 78, "stderr": "gateway.port must be a number" }));
+    let supervisor = setup.start();
+    supervisor.until_gateway("failed");
+    until("what it wrote", || {
+        supervisor.status()["gateway"]["stderrTail"] == "gateway.port must be a number"
+    });
+    assert!(supervisor.status()["gateway"]["nextAttemptAt"].is_string());
+}
+
+#[test]
+fn what_the_gateway_writes_is_passed_on_unchanged() {
+    let setup = Setup::new();
+    let lines = [
+        "short".to_owned(),
+        "  \u{1b}[31mcolours\u{1b}[0m and \t {\"json\":\"sk-live-0123456789\"}".to_owned(),
+        "x".repeat(4095),
+        "y".repeat(4096),
+        "z".repeat(30_000),
+        "without an end".to_owned(),
+    ];
+    setup.behave(&json!({ "stderr": lines.join("\n"), "exit": 0 }));
+    let supervisor = setup.start();
+    supervisor.until_gateway("backoff");
+    until("all lines", || {
+        let log = supervisor.log();
+        lines
+            .iter()
+            .all(|line| log.lines().any(|found| found.starts_with(line)))
+    });
+}
+
+#[test]
+fn a_log_that_nobody_reads_holds_up_neither_the_gateway_nor_the_api() {
+    let api: SocketAddr = TcpListener::bind("127.0.0.1:0")
+        .and_then(|listener| listener.local_addr())
+        .expect("there is a free port");
+    let setup = Setup::new()
+        .with("RUNTIME_LISTEN", &api.to_string())
+        .with("RUNTIME_LOG", "debug");
+    setup.behave(&json!({ "stderr": format!("{}\n", "x".repeat(1023)), "repeat": 2000 }));
+    let mut program = setup.program();
+    let child = program.stderr(Stdio::piped()).spawn();
+    let mut child = Killed(child.expect("can be executed"));
+    let authorization = bearer();
+    let get = || {
+        std::net::TcpStream::connect(api).ok()?;
+        let headers = [("Authorization", authorization.as_str())];
+        Some(http::request(api, "GET", "/v1/status", &headers, b""))
+    };
+    let is_running =
+        || get().is_some_and(|answer| answer.body["data"]["gateway"]["status"] == "running");
+    until("a gateway that runs", is_running);
+    for _ in 0..1000 {
+        assert_eq!(get().expect("is answered").status, 200);
+    }
+    // As the pipe is still held, only the signal ends it.
+    let pid = nix::unistd::Pid::from_raw(i32::try_from(child.0.id()).expect("pids fit"));
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).expect("is ours");
+    let status = until_some("its end", || child.0.try_wait().expect("is our child"));
+    assert_eq!(status.code(), Some(0));
+}
+
+#[test]
+fn work_under_way_says_how_far_it_is() {
+    let setup = Setup::new();
+    let line = |done: u64| {
+        json!({ "ts": "t", "level": "info", "msg": "progress", "work": "x", "doneBytes": done, "totalBytes": 900,
+            "bytesPerSecond": 7 })
+        .to_string()
+    };
+    let answer = json!({ "snapshot": "s", "time": "2026-11-22T09:00:45.000Z", "unchanged": false, "pauseMs": 12,
+        "rounds": 2 });
+    let steps = |first: u64| json!([{ "stderr": [line(first), "another line", line(first + 1)], "gate": format!("go-{first}"), "answer": answer }]);
+    setup.agent("restore", &steps(10));
+    setup.agent("backup", &steps(20));
+    let supervisor = setup.start();
+    let progress = |part: &str, done: u64| {
+        until(&format!("progress of {part}"), || {
+            supervisor.status()[part]["progress"]["doneBytes"] == done
+        });
+        let status = supervisor.status();
+        assert_eq!(status[part]["progress"]["totalBytes"], 900);
+        assert!(status[part]["progress"]["bytesPerSecond"].is_u64());
+        status
+    };
+    let status = progress("restore", 11);
+    assert_eq!(status["backup"]["progress"], Value::Null);
+    supervisor.setup.open_gate("go-10");
+    supervisor.until_running(1);
+    assert_eq!(supervisor.status()["restore"]["progress"], Value::Null);
+    std::thread::scope(|scope| {
+        let call = scope.spawn(|| supervisor.post("/v1/backup"));
+        let status = progress("backup", 21);
+        assert_eq!(status["backup"]["pauseMs"], Value::Null);
+        supervisor.setup.open_gate("go-20");
+        let answer = call.join().expect("answers");
+        assert_eq!(
+            (
+                &answer.body["data"]["pauseMs"],
+                &answer.body["data"]["rounds"]
+            ),
+            (&json!(12), &json!(2))
+        );
+    });
+    let backup = &supervisor.status()["backup"];
+    assert_eq!(backup["progress"], Value::Null);
+    assert_eq!(
+        (&backup["pauseMs"], &backup["rounds"]),
+        (&json!(12), &json!(2))
+    );
+    let log = supervisor.log();
+    assert!(
+        log.contains("another line") && !log.contains("doneBytes"),
+        "{log}"
+    );
+}
