@@ -72,7 +72,7 @@ fn assert_recovers(supervisor: &Supervisor, snapshot: &str) {
     let status = supervisor.status();
     assert_eq!(
         status["restore"],
-        json!({ "status": "done", "snapshot": snapshot, "error": null })
+        json!({ "status": "done", "snapshot": snapshot, "error": null, "progress": null })
     );
     let file = supervisor.setup.root().join("kept/file");
     assert_eq!(fs::read(file).expect("it is back"), b"from the snapshot");
@@ -220,7 +220,7 @@ fn a_store_that_lists_nothing_is_a_new_instance_and_saves_what_comes() {
     let status = supervisor.status();
     assert_eq!(
         status["restore"],
-        json!({ "status": "empty", "snapshot": null, "error": null })
+        json!({ "status": "empty", "snapshot": null, "error": null, "progress": null })
     );
     tree::write(&supervisor.setup.root(), "file", "new");
     assert_eq!(supervisor.post("/v1/backup").status, 200);

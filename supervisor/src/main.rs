@@ -178,6 +178,7 @@ async fn serve(
         approvals: Approvals::default(),
         booted: Instant::now(),
         refusals: Mutex::default(),
+        known: Mutex::default(),
     };
     let server = Server::start(listener, Arc::new(context));
     let is_saved = Owner::new(config, agent, reaper, events, published)

@@ -332,7 +332,7 @@ mod tests {
     #[test]
     fn what_a_person_needs_stays() {
         for line in [
-            "Error: Cannot find module '/usr/lib/node_modules/openclaw/dist/entry.js'\n",
+            "Error: Cannot find module '/usr/lib/node_modules/thing/dist/entry.js'\n",
             "    at Module._load (node:internal/modules/cjs/loader:1104:27)\n",
             "2026-11-22T09:00:45.123Z [gateway] listen EADDRINUSE: address already in use 127.0.0.1:18789\n",
             "SqliteError: database disk image is malformed (code 11, SQLITE_CORRUPT_INDEX)\n",

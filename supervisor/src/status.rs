@@ -14,6 +14,8 @@ use crate::stderr::Tail;
 
 #[derive(Clone, Debug)]
 pub struct Status {
+    /// Another one each time that it is published.
+    pub version: u64,
     pub gateway: &'static str,
     pub pid: Option<i32>,
     /// Since when `gateway` is what it is.
@@ -68,6 +70,7 @@ impl LastExit {
 impl Status {
     pub fn boot() -> Self {
         Self {
+            version: 0,
             gateway: "restoring",
             pid: None,
             since: SystemTime::now(),

@@ -27,6 +27,6 @@ one() {
 export -f one
 export fuzz built seconds
 
-for source in $fuzz/fuzz_targets/*.rs; do
+for source in "$fuzz"/fuzz_targets/*.rs; do
     basename "$source" .rs
 done | xargs -P 2 -I {} bash -c 'set -euo pipefail; one {}'

@@ -135,13 +135,23 @@ impl From<Failure> for Problem {
 }
 
 pub fn success(status: StatusCode, data: Value) -> Answer {
+    rendered(status, body(data))
+}
+
+/// The body of an answer that succeeds.
+pub fn body(data: Value) -> Bytes {
     let mut envelope = json!({ "ok": true });
     envelope["data"] = data;
-    json(status, &envelope)
+    Bytes::from(envelope.to_string())
 }
 
 fn json(status: StatusCode, body: &Value) -> Answer {
-    let mut answer = Response::new(Full::new(Bytes::from(body.to_string())));
+    rendered(status, Bytes::from(body.to_string()))
+}
+
+/// An answer with a body that is JSON.
+pub fn rendered(status: StatusCode, body: Bytes) -> Answer {
+    let mut answer = Response::new(Full::new(body));
     *answer.status_mut() = status;
     let headers = answer.headers_mut();
     headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));

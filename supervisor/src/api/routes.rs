@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use http_body_util::{BodyExt as _, Limited};
-use hyper::body::{Body as _, Incoming};
+use hyper::body::{Body as _, Bytes, Incoming};
 use hyper::{Method, Request, StatusCode};
 use serde_json::json;
 use tokio::sync::{oneshot, watch};
@@ -12,7 +12,7 @@ use tokio::time::{Instant, timeout};
 
 use super::auth;
 use super::devices::{self, Approvals};
-use super::envelope::{Answer, Problem, success};
+use super::envelope::{Answer, Problem, body, rendered, success};
 use super::places::Stage;
 use crate::config::Config;
 use crate::log::log;
@@ -40,6 +40,14 @@ pub struct Context {
     pub approvals: Approvals,
     pub booted: Instant,
     pub refusals: Mutex<Refusals>,
+    pub known: Mutex<Option<Known>>,
+}
+
+/// The last answer to `GET /v1/status`. It is the same for a second, unless another status is published.
+pub struct Known {
+    version: u64,
+    uptime_seconds: u64,
+    body: Bytes,
 }
 
 /// Requests without a token that no line has told of yet, and when the last line was.
@@ -161,9 +169,21 @@ async fn answer(
     let config = &context.config;
     match route {
         Route::Status => {
-            let uptime = context.booted.elapsed().as_secs();
-            let data = context.status.borrow().render(config, uptime);
-            Ok(success(StatusCode::OK, data))
+            let uptime_seconds = context.booted.elapsed().as_secs();
+            let status = context.status.borrow();
+            let mut known = context.known.lock().unwrap_or_else(PoisonError::into_inner);
+            let is_this = |known: &Known| {
+                (known.version, known.uptime_seconds) == (status.version, uptime_seconds)
+            };
+            let known = match known.take().filter(is_this) {
+                Some(same) => known.insert(same),
+                None => known.insert(Known {
+                    version: status.version,
+                    uptime_seconds,
+                    body: body(status.render(config, uptime_seconds)),
+                }),
+            };
+            Ok(rendered(StatusCode::OK, known.body.clone()))
         }
         Route::Restart => {
             let generation = ask(context, Event::Restart, OWNER_TIME_LIMIT).await??;

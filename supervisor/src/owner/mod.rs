@@ -293,6 +293,7 @@ impl Owner {
         self.status.gateway = self.state.word();
         self.status.restarts = self.starts.saturating_sub(1);
         self.status.backup = self.backups.word();
+        self.status.version += 1;
         self.published.send_replace(self.status.clone());
     }
 
