@@ -44,7 +44,7 @@ test: $(WORKER) ## Run all tests: the real binaries, the real gateway, a real S3
 	$(call need,command -v zstd,zstd)
 	@exec tests/run.sh
 
-fuzz: $(FUZZ) ## Run each fuzz target for FUZZ_SECONDS (60), two at a time, on readers of what others may have written
+fuzz: $(FUZZ) ## Run each fuzz target for FUZZ_SECONDS (60), all at once, on readers of what others may have written
 	@PATH="$(dir $(FUZZ)):$$PATH" exec tests/fuzz/run.sh
 
 lint: $(DENY) $(WORKER) ## Check format, clippy, types, shell scripts, and dependencies (bans, licences, sources)

@@ -130,6 +130,17 @@ check 'without SETUID alone: the store is found empty' eventually 10 status_has 
 refuses_as_root() { request alone POST /v1/backup | grep -q 'cannot do file work as user'; }
 check 'without SETUID alone: no file work is done as root' refuses_as_root
 
+# Somebody else as PID 1.
+start init --init "${capabilities[@]}" -e RUNTIME_GATEWAY_PREPARE=/bin/true "$image" "${stand_in[@]}"
+check 'behind docker run --init: the gateway starts' eventually 20 kept init
+docker stop "$prefix-init" >/dev/null
+check 'behind docker run --init: docker stop ends in exit 0' exits_with init 0
+
+# A gateway that takes all memory there is.
+start memory -m 128m --memory-swap 128m "${capabilities[@]}" -e RUNTIME_GATEWAY_PREPARE=/bin/true "$image" -- tail /dev/zero
+check 'out of memory: status says so, and the supervisor lives' eventually 60 status_has memory '"reason":"oom"'
+docker rm -fv "$prefix-memory" >/dev/null
+
 # The real gateway, on a read-only root, with nothing but loopback.
 start real "${read_only[@]}" "${capabilities[@]}" --network none -v "$prefix-real:/store" \
     --health-interval 2s --health-start-period 1s "$image"

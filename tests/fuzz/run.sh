@@ -1,5 +1,5 @@
 #!/bin/bash
-# Runs every fuzz target for FUZZ_SECONDS (60), two at a time, from the seeds and what earlier runs have found: `make fuzz`.
+# Runs every fuzz target for FUZZ_SECONDS (60), all at once, from the seeds and what earlier runs have found: `make fuzz`.
 # A crash ends it with the input's place; `cargo fuzz run --fuzz-dir tests/fuzz TARGET INPUT` runs that alone.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -29,4 +29,4 @@ export fuzz built seconds
 
 for source in "$fuzz"/fuzz_targets/*.rs; do
     basename "$source" .rs
-done | xargs -P 2 -I {} bash -c 'set -euo pipefail; one {}'
+done | xargs -P 0 -I {} bash -c 'set -euo pipefail; one {}'
