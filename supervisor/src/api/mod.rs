@@ -6,7 +6,7 @@
 pub mod auth;
 pub mod devices;
 pub mod envelope;
-mod places;
+pub mod places;
 pub mod routes;
 pub mod server;
 mod wire;

@@ -11,7 +11,8 @@ use std::time::Duration;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::TcpListener;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::task::yield_now;
 use tokio::time::{sleep, timeout};
@@ -79,6 +80,8 @@ async fn accept(
         };
         match accepted {
             Ok((stream, _)) => {
+                // Answers are single small writes; waiting to merge them only delays.
+                let _ = stream.set_nodelay(true);
                 if places.available_permits() == 0 {
                     taken.shed();
                 }
@@ -109,15 +112,14 @@ async fn accept(
     }
 }
 
-async fn serve(
-    stream: TcpStream,
+/// One connection, to its end.
+pub async fn serve(
+    stream: impl AsyncRead + AsyncWrite + Unpin,
     context: Arc<Context>,
     mut closing: watch::Receiver<()>,
     stage: Stage,
     _place: OwnedSemaphorePermit,
 ) {
-    // Answers are single small writes; waiting to merge them only delays.
-    let _ = stream.set_nodelay(true);
     let service = service_fn(move |request| {
         let answer = contained(routes::handle(context.clone(), request, stage.clone()));
         let stage = stage.clone();
