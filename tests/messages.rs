@@ -159,6 +159,20 @@ fn settings(book: &mut Book) {
         &["list", "--timeout", "soon"],
         64,
     );
+    let nobody = [
+        "backup",
+        "--freeze-user",
+        "no-such-user",
+        "--max-pause",
+        "soon",
+    ];
+    book.add(
+        "nobody to stop, and for no time",
+        &Host::new(&place),
+        &place,
+        &nobody,
+        64,
+    );
     let mut s3 = Host::new(&place);
     s3.set("RUNTIME_STORE", "s3://bucket");
     book.add("S3 without anything else", &s3, &place, &["list"], 64);
@@ -438,6 +452,22 @@ fn a_user_that_does_not_exist_is_a_bad_setting_for_root() {
         .expect(if tree::is_root() { 64 } else { 0 });
     let is_named = outcome.sentence().contains("RUNTIME_GATEWAY_USER");
     assert_eq!(is_named, tree::is_root(), "{}", outcome.stderr);
+}
+
+#[test]
+fn nobody_stops_the_user_who_runs_the_agent() {
+    let place = Place::directory();
+    let host = Host::new(&place);
+    let ourselves = nix::unistd::getuid().to_string();
+    let outcome = host
+        .run(&["backup", "--freeze-user", &ourselves])
+        .expect(64);
+    assert!(
+        outcome.sentence().contains("--freeze-user"),
+        "{}",
+        outcome.stderr
+    );
+    assert!(place.objects().is_empty());
 }
 
 #[test]
