@@ -159,20 +159,6 @@ fn settings(book: &mut Book) {
         &["list", "--timeout", "soon"],
         64,
     );
-    let nobody = [
-        "backup",
-        "--freeze-user",
-        "no-such-user",
-        "--max-pause",
-        "soon",
-    ];
-    book.add(
-        "nobody to stop, and for no time",
-        &Host::new(&place),
-        &place,
-        &nobody,
-        64,
-    );
     let mut s3 = Host::new(&place);
     s3.set("RUNTIME_STORE", "s3://bucket");
     book.add("S3 without anything else", &s3, &place, &["list"], 64);
@@ -399,6 +385,20 @@ fn store(book: &mut Book) {
 
 fn bounds(book: &mut Book) {
     let place = Place::memory();
+    let nobody = [
+        "backup",
+        "--freeze-user",
+        "no-such-user",
+        "--max-pause",
+        "soon",
+    ];
+    book.add(
+        "nobody to stop, and for no time",
+        &Host::new(&place),
+        &place,
+        &nobody,
+        64,
+    );
     place
         .s3()
         .add_fault(Kind::Get, "head.json", 6, Effect::Stall);
