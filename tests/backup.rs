@@ -268,6 +268,23 @@ fn an_unchanged_tree_costs_no_request_at_all() {
     assert!(requests.is_empty(), "{requests:#?}");
 }
 
+/// The agent is held until the moment of the write, so that it looks within the same tick of the file system's clock.
+#[test]
+fn a_quiet_tree_is_of_one_instant_however_lately_it_was_written() {
+    let host = Host::new(&Place::directory());
+    tree::write(&host.root, "file", "first");
+    host.backup();
+    for number in 0..10 {
+        let lock = fs::File::open(host.state.join("lock")).expect("a run leaves it");
+        lock.lock().expect("nobody has it");
+        let backup = host.start(&["backup", "--json"]);
+        backup.wait_for_lock();
+        tree::write(&host.root, "file", number.to_string());
+        drop(lock);
+        assert_eq!(backup.wait().expect(0).json()["consistency"], "instant");
+    }
+}
+
 #[test]
 fn a_file_that_changes_without_a_change_of_size_or_time_is_noticed() {
     let place = Place::directory();

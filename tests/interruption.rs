@@ -158,20 +158,7 @@ fn a_signal_while_waiting_for_another_run_ends_the_wait() {
     let first = host.start(&["backup"]);
     place.s3().wait_for(Kind::Get, "head.json");
     let mut second = host.start(&["backup"]);
-    e2e::wait::until("the second run waits for the lock", || {
-        let threads = std::fs::read_dir(format!("/proc/{}/task", second.pid()))
-            .into_iter()
-            .flatten()
-            .flatten();
-        threads
-            .map(|thread| {
-                std::fs::read_to_string(thread.path().join("syscall")).unwrap_or_default()
-            })
-            .any(|call| {
-                // flock(2) on x86_64 and aarch64.
-                call.starts_with("73 ") || call.starts_with("32 ")
-            })
-    });
+    second.wait_for_lock();
     assert!(second.is_running());
     second.signal(Signal::TERM);
     let _ = second.wait().expect(143);

@@ -20,6 +20,7 @@ use tempfile::TempDir;
 use crate::binaries::binary;
 use crate::moto::Moto;
 use crate::s3::{BUCKET, S3};
+use crate::wait;
 
 /// Far longer than any run takes, so that only one that hangs fails a test.
 const DEADLINE: Duration = Duration::from_mins(2);
@@ -359,6 +360,18 @@ impl Running {
 
     pub fn pid(&self) -> u32 {
         self.child.id()
+    }
+
+    /// Waits until it waits for a lock.
+    pub fn wait_for_lock(&self) {
+        let tasks = format!("/proc/{}/task", self.pid());
+        wait::until("it waits for a lock", || {
+            let threads = fs::read_dir(&tasks).into_iter().flatten().flatten();
+            threads
+                .map(|thread| fs::read_to_string(thread.path().join("syscall")).unwrap_or_default())
+                // flock(2) on x86_64 and aarch64.
+                .any(|call| call.starts_with("73 ") || call.starts_with("32 "))
+        });
     }
 
     pub fn signal(&self, signal: Signal) {

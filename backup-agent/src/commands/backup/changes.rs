@@ -45,6 +45,8 @@ pub struct Changes {
     pub layers: Vec<Size>,
     /// The file systems' clock when the walk began.
     pub started: i64,
+    /// Something changed in that tick of the clock or later: before it was found or after, nobody can tell.
+    pub is_racy: bool,
     /// How long the walk took.
     pub took: Duration,
     pub skipped: Skipped,
@@ -178,6 +180,7 @@ pub fn scan(
             bytes: 0,
             layers: sizes.collect(),
             started: file_clock()?,
+            is_racy: false,
             took: Duration::ZERO,
             skipped: Skipped::default(),
             log: None,
@@ -235,6 +238,8 @@ impl Scan {
         while let Some(gone) = self.known.before(&found.entry.path)? {
             self.gone(&gone)?;
         }
+        let changed_at = found.entry.stamp.map(|stamp| stamp.ctime);
+        self.changes.is_racy |= changed_at.is_some_and(|at| at >= self.changes.started);
         let known = self.known.at(&found.entry.path)?;
         if let Some(known) = &known
             && !is_changed(&found, known, self.known.started, self.racy)

@@ -22,7 +22,7 @@ use crate::{
     },
     config::Config,
     error::Error,
-    local_index::{Known, LocalIndex, Racy, Unreadable},
+    local_index::{Known, LocalIndex, Racy, Unreadable, file_clock},
     log, progress,
     snapshot::{
         id,
@@ -79,6 +79,16 @@ pub async fn take(
         rounds: 0,
         pause: None,
     };
+    if config.freezer.is_none() && changes.is_racy {
+        // Read in the same tick, a quiet tree could not be told from one that is being written.
+        next_tick().await?;
+        let known = Source {
+            index: index.as_ref(),
+            snapshot: &about,
+            layers: &done.layers,
+        };
+        changes = known.look(config, state, Racy::Read).await?;
+    }
     loop {
         done.rounds += 1;
         // Only the first round takes over: later ones would take what has just been written.
@@ -134,6 +144,15 @@ pub async fn take(
         }
         (index, about) = (Some(written), snapshot.to_owned());
     }
+}
+
+/// Waits until file systems give another time to what changes.
+async fn next_tick() -> Result<(), Error> {
+    let now = file_clock()?;
+    while file_clock()? == now {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    Ok(())
 }
 
 /// Whether it can all be captured in the time for which the gateway may be stopped. Half of it is left for stopping.
