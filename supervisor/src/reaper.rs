@@ -42,6 +42,8 @@ impl Reaper {
         let (sender, receiver) = oneshot::channel();
         let child = command.spawn()?;
         children.insert(pid(&child).as_raw(), sender);
+        // It wakes us when it has become its program, on the processor that it then waits for.
+        std::thread::yield_now();
         Ok((child, receiver))
     }
 

@@ -210,7 +210,9 @@ fn reset_signals() {
 fn empty_bounding_set() {
     for capability in 0..MAX_CAPABILITIES {
         // SAFETY: numbers only.
-        unsafe { libc::prctl(libc::PR_CAPBSET_DROP, capability) };
+        if unsafe { libc::prctl(libc::PR_CAPBSET_DROP, capability) } != 0 {
+            return;
+        }
     }
 }
 
