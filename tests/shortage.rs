@@ -103,6 +103,46 @@ fn a_gateway_killed_for_memory_is_told_from_one_that_was_killed() {
     });
 }
 
+/// The counters of a machine without the old hierarchies, as its kernel shows them, put where ours has its own.
+#[test]
+fn a_kill_for_memory_is_told_by_the_one_hierarchy_of_cgroup_v2_too() {
+    let setup = Setup::new();
+    let group = setup.folder.path().join("group");
+    fs::create_dir(&group).expect("can make a folder");
+    let count = |kills: u32| {
+        let events =
+            format!("low 0\nhigh 0\nmax 9\noom {kills}\noom_kill {kills}\noom_group_kill 0\n");
+        fs::write(group.join("memory.events"), events).expect("is ours");
+    };
+    count(7);
+    let script = "mount --bind \"$0\" /sys/fs/cgroup || exit 99; exec \"$@\"";
+    let shell = ["unshare", "--mount", "/bin/sh", "-c", script];
+    let folder = group.display().to_string();
+    let words: Vec<&str> = shell.into_iter().chain([folder.as_str()]).collect();
+    let probe = Command::new(words[0])
+        .args(&words[1..])
+        .arg("true")
+        .status();
+    if !probe.is_ok_and(|status| status.success()) {
+        eprintln!("skipped: nothing can be mounted here");
+        return;
+    }
+    let program = setup.program_below(&words);
+    let supervisor = setup.start_as(program);
+    for (starts, kills, reason) in [(1, 8, json!("oom")), (2, 8, Value::Null)] {
+        supervisor.until_running(starts);
+        count(kills);
+        kill_gateway(&supervisor);
+        supervisor.until_running(starts + 1);
+        let exit = supervisor.status()["gateway"]["lastExit"].take();
+        assert_eq!(
+            (&exit["signal"], &exit["reason"]),
+            (&json!("SIGKILL"), &reason),
+            "{exit}"
+        );
+    }
+}
+
 // Descriptors
 
 /// The status over a connection that stays.
@@ -151,13 +191,23 @@ fn without_descriptors(setup: Setup) {
     until("a connection that cannot be taken", || {
         supervisor.log().contains("cannot accept a connection")
     });
-    assert_eq!(
-        ask(&mut line, supervisor.api)["gateway"]["status"],
-        "stopping"
-    );
+    let mut uptime = || {
+        let status = ask(&mut line, supervisor.api);
+        assert_eq!(status["gateway"]["status"], "stopping");
+        status["uptimeSeconds"].as_u64().expect("is a number")
+    };
+    let begun = uptime();
+    until("a whole second, in which it is tried ten times", || {
+        uptime() >= begun + 2
+    });
 
     limit_descriptors(supervisor.pid(), before.current);
     ask(&mut late, supervisor.api);
+    until("one line for the end of each shortage", || {
+        let log = supervisor.log();
+        let told = |line| log.matches(line).count();
+        told("cannot accept a connection") == told("connections are accepted again")
+    });
     supervisor.until_running(2);
     // The helper held the port: a gateway that finds it taken exits 78.
     assert_eq!(supervisor.status()["gateway"]["restarts"], 1);

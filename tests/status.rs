@@ -8,7 +8,9 @@ use e2e::supervisor::{Setup, TOKEN};
 use e2e::wait::{until, until_some};
 use serde_json::{Value, json};
 
-const KNOWN: &str = "correct horse";
+// Words, which no rule about looks would take out.
+const GIVEN: &str = "correct horse";
+const STORE_KEY: &str = "battery-staple";
 
 /// A supervisor that might hang is not left behind by a test that fails.
 struct Killed(Child);
@@ -28,9 +30,11 @@ fn bearer() -> String {
 fn a_gateway_that_never_comes_up_shows_what_it_wrote_without_secrets() {
     let setup = Setup::new()
         .with("RUNTIME_GATEWAY_TOKEN", "gateway-token-of-ours")
-        .with("SOME_API_KEY", KNOWN);
+        .with("RUNTIME_S3_ACCESS_KEY_ID", "store-name")
+        .with("RUNTIME_S3_SECRET_ACCESS_KEY", STORE_KEY)
+        .with("SOME_API_KEY", GIVEN);
     let line = format!(
-        "cannot open the database\n{KNOWN} {TOKEN} gateway-token-of-ours\nAuthorization: Bearer abcdef\nsk-live-0123456789\n"
+        "cannot open the database\n{GIVEN} {TOKEN} gateway-token-of-ours {STORE_KEY}\nAuthorization: Bearer abcdef\nsk-live-0123456789\n"
     );
     setup.behave(&json!({ "exit": 1, "stderr": line, "repeat": 100 }));
     let supervisor = setup.start();
@@ -53,6 +57,7 @@ fn a_gateway_that_never_comes_up_shows_what_it_wrote_without_secrets() {
         "horse",
         TOKEN,
         "gateway-token-of-ours",
+        STORE_KEY,
         "abcdef",
         "0123456789",
     ] {

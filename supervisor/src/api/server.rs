@@ -73,6 +73,7 @@ async fn accept(
 ) {
     let mut closed = closing.subscribe();
     let mut taken = Places::default();
+    let mut failures = 0_u64;
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
@@ -80,6 +81,10 @@ async fn accept(
         };
         match accepted {
             Ok((stream, _)) => {
+                if failures > 0 {
+                    log!(Info, "connections are accepted again", failures = failures);
+                    failures = 0;
+                }
                 // Answers are single small writes; waiting to merge them only delays.
                 let _ = stream.set_nodelay(true);
                 if places.available_permits() == 0 {
@@ -101,11 +106,11 @@ async fn accept(
                 yield_now().await;
             }
             Err(error) => {
-                log!(
-                    Error,
-                    "cannot accept a connection",
-                    reason = error.to_string()
-                );
+                if failures == 0 {
+                    let reason = error.to_string();
+                    log!(Error, "cannot accept a connection", reason = reason);
+                }
+                failures += 1;
                 sleep(ACCEPT_PAUSE).await;
             }
         }
