@@ -11,8 +11,9 @@ use nix::unistd::Uid;
 use crate::{
     archive::{
         entry::{Entry, Extent, Kind},
+        layer_index::LayerIndex,
         merge::{Merge, Source},
-        reader::{Check, LayerIndex, RawStream, stream},
+        reader::{Check, RawStream, stream},
         writer::Halt,
     },
     config::Config,

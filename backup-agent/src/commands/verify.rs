@@ -8,10 +8,12 @@ use sha2::{Digest, Sha256};
 use super::{Answer, human_bytes, restore::choose};
 use crate::{
     archive::{
+        download::range,
         entry::{Entry, Extent, Kind},
         footer::{self, Footer},
+        layer_index::LayerIndex,
         merge::{Merge, Source},
-        reader::{Check, LayerIndex, RawStream, stream},
+        reader::{Check, RawStream, stream},
         writer::Halt,
     },
     config::Config,
@@ -23,7 +25,7 @@ use crate::{
         record::{self, Layer, Record, layer_key},
     },
     state::State,
-    store::{Store, StoreError, twice},
+    store::{Store, twice},
 };
 
 /// Paths that are named for each snapshot; the rest is counted.
@@ -175,28 +177,13 @@ fn overlaps(entry: &Entry, from: u64, to: u64) -> bool {
 
 /// The footer is where the record says that the object ends, and says the same about the index.
 async fn check_footer(store: &dyn Store, layer: &Layer) -> Result<(), Error> {
-    let key = layer_key(&layer.id);
-    let damaged = |reason: &str| Error::Damaged {
-        key: key.clone(),
-        reason: reason.to_owned(),
-    };
     let size = footer::SIZE as u64;
     let at = layer.size.checked_sub(size);
-    let at = at.ok_or_else(|| damaged("its record gives it less than a footer's size"))?;
-    let found = match store.get_range(&key, at, footer::SIZE).await {
-        Ok(found) => found,
-        Err(StoreError::NotFound) => {
-            return Err(damaged("a snapshot names it, and it is not there"));
-        }
-        Err(StoreError::TooShort) => {
-            return Err(damaged("it ends before what a snapshot names"));
-        }
-        Err(error) => return Err(Error::store("read", key)(error)),
-    };
-    let is_right = Footer::matches(&found, layer);
-    is_right
+    let at = at.ok_or_else(|| layer.damaged("its record gives it less than a footer's size"))?;
+    let found = range(store, &layer_key(&layer.id), at, size).await?;
+    Footer::matches(&found, layer)
         .then_some(())
-        .ok_or_else(|| damaged("its footer is not what its record says"))
+        .ok_or_else(|| layer.damaged("its footer is not what its record says"))
 }
 
 /// Lets all frames of a layer go by, and with `entries` compares the hash of every file.
