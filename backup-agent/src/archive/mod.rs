@@ -3,10 +3,12 @@
 
 pub mod download;
 pub mod entry;
+pub mod extents;
 pub mod footer;
 pub mod frames;
 pub mod index;
 pub mod layer_index;
+mod line;
 pub mod merge;
 pub mod parts;
 pub mod reader;

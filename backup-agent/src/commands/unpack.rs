@@ -10,7 +10,8 @@ use nix::unistd::Uid;
 
 use crate::{
     archive::{
-        entry::{Entry, Extent, Kind},
+        entry::{Entry, Kind},
+        extents::Extent,
         layer_index::LayerIndex,
         merge::{Merge, Source},
         reader::{Check, RawStream, stream},

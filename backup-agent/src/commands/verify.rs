@@ -9,7 +9,8 @@ use super::{Answer, human_bytes, restore::choose};
 use crate::{
     archive::{
         download::range,
-        entry::{Entry, Extent, Kind},
+        entry::{Entry, Kind},
+        extents::Extent,
         footer::{self, Footer},
         layer_index::LayerIndex,
         merge::{Merge, Source},

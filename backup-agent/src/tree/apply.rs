@@ -30,7 +30,8 @@ use super::{
 };
 use crate::{
     archive::{
-        entry::{Entry, Extent, Kind, display},
+        entry::{Entry, Kind, display},
+        extents::Extent,
         reader::RawStream,
         writer::Halt,
     },
