@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde_json::json;
 use sha2::{Digest, Sha256};
 
-use super::{Answer, human_bytes, restore::choose};
+use super::{Answer, choose::choose, human_bytes};
 use crate::{
     archive::{
         download::range,
