@@ -6,7 +6,7 @@ use std::{cmp::Ordering, collections::BTreeMap};
 use serde::{Deserialize, Serialize};
 
 use super::extents::Extent;
-use crate::snapshot::id::hex;
+use crate::{error::Error, snapshot::id::hex};
 
 /// Longest path (`PATH_MAX`): no program can open a longer one by its name. Each line of an index has a whole path, so
 /// without a bound a deep tree would cost the square of its depth.
@@ -120,6 +120,14 @@ impl Entry {
     /// About the bytes that it takes in a tar stream.
     pub fn weight(&self) -> u64 {
         weight(self.data())
+    }
+
+    /// The error of whoever cannot make it; `source`: the key of what it came from.
+    pub fn damaged(&self, source: &str, reason: &str) -> Error {
+        Error::Damaged {
+            key: source.to_owned(),
+            reason: format!("{}: {reason}", self.display()),
+        }
     }
 
     /// The path for people.

@@ -25,10 +25,7 @@ use crate::{
     state::State,
     store::Store,
     tree::{
-        apply::{Applier, Old},
-        cursor::is_above,
-        exclude::Selection,
-        identity::with_identity,
+        apply::Applier, cursor::is_above, exclude::Selection, identity::with_identity, old::Old,
         swap::Staging,
     },
 };

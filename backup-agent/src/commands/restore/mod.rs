@@ -35,7 +35,7 @@ use crate::{
     },
     state::{Described, State},
     store::Store,
-    tree::{apply::Old, exclude::Selection, scan::open_root, swap::Staging},
+    tree::{exclude::Selection, old::Old, scan::open_root, swap::Staging},
 };
 
 /// How often a runtime starts over because the old writer's last snapshot came in between. Each round needs another new
