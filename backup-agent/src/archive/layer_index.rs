@@ -24,6 +24,9 @@ use crate::{
     store::{Store, twice},
 };
 
+/// What errors call the file.
+const UNDER_WAY: &str = "the index under way in RUNTIME_STATE";
+
 /// The index of a layer, on the local disk.
 pub struct LayerIndex {
     pub layer: Layer,
@@ -35,10 +38,7 @@ impl LayerIndex {
     /// Fetches the index of a layer into `file`, and judges it.
     pub async fn fetch(store: &dyn Store, layer: &Layer, mut file: File) -> Result<Self, Error> {
         twice(async || {
-            file.rewind().map_err(Error::local(
-                "write",
-                "the index under way in RUNTIME_STATE",
-            ))?;
+            file.rewind().map_err(Error::local("write", UNDER_WAY))?;
             fetch_index(store, layer, &mut file).await
         })
         .await?;
@@ -79,10 +79,8 @@ async fn fetch_index(store: &dyn Store, layer: &Layer, file: &mut File) -> Resul
         let length = RANGE.min(layer.index_size - at);
         let bytes = range(store, &key, layer.index_offset + at, length).await?;
         sum.update(&bytes);
-        file.write_all(&bytes).map_err(Error::local(
-            "write",
-            "the index under way in RUNTIME_STATE",
-        ))?;
+        file.write_all(&bytes)
+            .map_err(Error::local("write", UNDER_WAY))?;
         at += length;
     }
     let got = hex(&sum.finalize());

@@ -7,7 +7,6 @@ use std::{ffi::OsString, path::PathBuf, time::Duration};
 
 pub use self::location::{Bucket, Location};
 use self::source::Source;
-
 use crate::{
     archive::frames::Effort,
     cli::{Cli, Verb},
