@@ -7,13 +7,10 @@ use std::cmp::Ordering;
 use super::{
     entry::{Entry, compare},
     index::IndexReader,
-    reader::LayerIndex,
+    layer_index::LayerIndex,
     spool::SpoolReader,
 };
-use crate::{
-    error::Error,
-    snapshot::record::{Layer, layer_key},
-};
+use crate::{error::Error, snapshot::record::Layer};
 
 /// The paths of a snapshot in the order of a walk, deletions among them.
 pub struct Merge {
@@ -105,22 +102,16 @@ impl Source {
                 "{}: the index is not in the order of a walk",
                 after.display()
             );
-            return Err(self.damaged(reason));
+            return Err(self.layer.damaged(reason));
         }
         self.taken += 1;
         Ok(std::mem::replace(&mut self.next, after))
     }
 
     fn read(&mut self) -> Result<Option<Entry>, Error> {
-        self.lines
-            .entry()
-            .map_err(|error| self.damaged(format!("its index cannot be read: {error}")))
-    }
-
-    fn damaged(&self, reason: String) -> Error {
-        Error::Damaged {
-            key: layer_key(&self.layer.id),
-            reason,
-        }
+        self.lines.entry().map_err(|error| {
+            self.layer
+                .damaged(format!("its index cannot be read: {error}"))
+        })
     }
 }

@@ -9,7 +9,8 @@ use std::{
 use sha2::{Digest, Sha256};
 
 use super::{
-    entry::{Entry, Kind, extents},
+    entry::{Entry, Kind},
+    extents::extents,
     footer::{self, Footer},
     frames::{Effort, FrameWriter},
     index::{IndexWriter, LayerHeader, compress_header},

@@ -9,8 +9,8 @@ use super::Answer;
 use crate::{
     archive::{
         entry::{Entry, Kind, compare, display},
+        layer_index::LayerIndex,
         merge::{Merge, Word},
-        reader::LayerIndex,
     },
     config::Config,
     error::Error,

@@ -1,6 +1,8 @@
 //! The verbs. Each takes the settings and the store and gives an answer for people and one for programs.
 
 mod backup;
+mod choose;
+mod claim;
 mod compare;
 mod import;
 mod list;
@@ -20,12 +22,9 @@ use crate::{
     cli::{Cli, Verb},
     config::Config,
     error::Error,
-    snapshot::{
-        head::{Head, Seen},
-        record::Record,
-    },
-    state::{Described, State},
-    store::{Store, check_conditions},
+    snapshot::record::Record,
+    state::Described,
+    store::Store,
     tree::identity,
 };
 
@@ -79,35 +78,6 @@ fn completions(shell: Shell) -> Answer {
     Answer::new(text, Value::Null)
 }
 
-/// Finds out once whether the store can keep two writers apart, and remembers it.
-async fn trust(config: &Config, store: &dyn Store, state: &mut State) -> Result<(), Error> {
-    if state.facts.is_store_trusted {
-        return Ok(());
-    }
-    match check_conditions(store).await {
-        Err(Error::Unfenced { .. }) if config.is_unfenced_allowed => Ok(()),
-        Err(error) => Err(error),
-        Ok(()) => {
-            state.facts.is_store_trusted = true;
-            state.save()
-        }
-    }
-}
-
-/// The error of a writer that lost the head.
-fn fenced(seen: Option<&Seen>, writer: &str, fork: Option<&str>) -> Error {
-    Error::Fenced {
-        holder: seen.map_or_else(
-            || "nobody (it was removed)".to_owned(),
-            |seen| seen.head.writer.clone(),
-        ),
-        writer: writer.to_owned(),
-        kept: fork.map_or_else(String::new, |id| {
-            format!("the snapshot is kept as the fork {id}; ")
-        }),
-    }
-}
-
 /// Sizes for people.
 fn human_bytes(bytes: u64) -> String {
     const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
@@ -133,16 +103,6 @@ fn describe(record: &Record) -> Described {
         files: record.totals.files,
         fork: false,
         layers: record.layers.clone(),
-    }
-}
-
-/// The head that follows a claim without a new snapshot.
-fn claimed(snapshot: Option<(&str, u64)>, writer: &str) -> Head {
-    Head {
-        format: crate::snapshot::record::FORMAT,
-        snapshot: snapshot.map(|(id, _)| id.to_owned()),
-        sequence: snapshot.map_or(0, |(_, sequence)| sequence),
-        writer: writer.to_owned(),
     }
 }
 

@@ -10,7 +10,7 @@ use futures_util::{StreamExt, TryStreamExt, stream};
 use jiff::Timestamp;
 use serde_json::json;
 
-use super::{Answer, fenced, human_bytes};
+use super::{Answer, claim::fenced, human_bytes};
 use crate::{
     config::Config,
     error::{Chain, Error},

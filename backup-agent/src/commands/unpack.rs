@@ -10,9 +10,11 @@ use nix::unistd::Uid;
 
 use crate::{
     archive::{
-        entry::{Entry, Extent, Kind},
+        entry::{Entry, Kind},
+        extents::Extent,
+        layer_index::LayerIndex,
         merge::{Merge, Source},
-        reader::{Check, LayerIndex, RawStream, stream},
+        reader::{Check, RawStream, stream},
         writer::Halt,
     },
     config::Config,
@@ -23,10 +25,7 @@ use crate::{
     state::State,
     store::Store,
     tree::{
-        apply::{Applier, Old},
-        cursor::is_above,
-        exclude::Selection,
-        identity::with_identity,
+        apply::Applier, cursor::is_above, exclude::Selection, identity::with_identity, old::Old,
         swap::Staging,
     },
 };

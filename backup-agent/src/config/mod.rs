@@ -1,13 +1,12 @@
 //! Settings: flags over environment over defaults, every bad one reported at once, secrets never printed.
 
+mod location;
 mod source;
 
-use std::{ffi::OsString, fmt, num::NonZeroU64, path::PathBuf, time::Duration};
+use std::{ffi::OsString, path::PathBuf, time::Duration};
 
-use url::Url;
-
+pub use self::location::{Bucket, Location};
 use self::source::Source;
-
 use crate::{
     archive::frames::Effort,
     cli::{Cli, Verb},
@@ -16,61 +15,6 @@ use crate::{
     snapshot::retention::Policy,
     tree::{exclude::Excludes, freeze::Freezer, identity::Identity},
 };
-
-/// A value that must never be shown.
-#[derive(Clone, PartialEq, Eq)]
-pub struct Secret(String);
-
-impl Secret {
-    /// The value itself: for signing only.
-    pub fn expose(&self) -> &str {
-        &self.0
-    }
-}
-
-impl fmt::Debug for Secret {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("[redacted]")
-    }
-}
-
-/// Where snapshots are kept, without the instance.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Location {
-    /// A directory of this machine.
-    Directory(PathBuf),
-    /// A prefix of a bucket.
-    S3(Box<Bucket>),
-}
-
-/// A prefix of a bucket and how to get at it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Bucket {
-    pub name: String,
-    /// Empty, or ends in `/`.
-    pub prefix: String,
-    pub endpoint: Url,
-    /// The bucket is part of the host name instead of the path.
-    pub is_virtual_host: bool,
-    pub region: String,
-    pub access_key_id: String,
-    pub secret_access_key: Secret,
-    pub session_token: Option<Secret>,
-    /// Bytes per second, both ways together.
-    pub bandwidth: Option<NonZeroU64>,
-}
-
-impl fmt::Display for Location {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Directory(path) => write!(f, "file://{}", path.display()),
-            Self::S3(bucket) => {
-                let prefix = bucket.prefix.trim_end_matches('/');
-                write!(f, "s3://{}/{prefix}", bucket.name)
-            }
-        }
-    }
-}
 
 /// Everything the agent was told.
 #[derive(Debug, Clone)]
@@ -242,13 +186,6 @@ mod tests {
         })
     }
 
-    const S3: [(&str, &str); 4] = [
-        ("RUNTIME_STORE", "s3://bucket/a/b/"),
-        ("RUNTIME_S3_ENDPOINT", "https://account.example"),
-        ("RUNTIME_S3_ACCESS_KEY_ID", "id"),
-        ("RUNTIME_S3_SECRET_ACCESS_KEY", "very-secret"),
-    ];
-
     #[test]
     fn defaults_are_those_of_the_table() {
         let config = load(&[], &[]).expect("no setting is needed");
@@ -295,62 +232,14 @@ mod tests {
     }
 
     #[test]
-    fn a_store_on_s3_takes_its_address_style_from_the_endpoint() {
-        for (endpoint, is_virtual, url) in [
-            ("https://account.example", false, "https://account.example/"),
-            ("https://{bucket}.s3.example", true, "https://s3.example/"),
-            ("https://bucket.s3.example", true, "https://s3.example/"),
-        ] {
-            let mut env = S3.to_vec();
-            env[1].1 = endpoint;
-            let location = load(&[], &env).expect("complete").location;
-            let Location::S3(bucket) = location else {
-                panic!("{location} is not on S3");
-            };
-            assert_eq!(
-                (bucket.prefix.as_str(), bucket.region.as_str()),
-                ("a/b/", "auto")
-            );
-            assert_eq!(bucket.is_virtual_host, is_virtual);
-            assert_eq!(bucket.endpoint.as_str(), url);
-        }
-    }
-
-    #[test]
-    fn an_endpoint_of_other_letters_is_refused_and_not_asserted() {
-        for endpoint in ["https://stra\u{df}e.EXAMPLE", "https://\u{fffd}A"] {
-            let mut env = S3.to_vec();
-            env[1].1 = endpoint;
-            let problems = load(&[], &env).expect_err("it is no host");
-            assert!(problems[0].contains("is not an address"), "{problems:?}");
-        }
-    }
-
-    #[test]
-    fn aws_names_serve_people_but_not_a_runtime() {
-        let env = [
-            ("RUNTIME_STORE", "s3://bucket"),
-            ("AWS_ENDPOINT_URL", "http://127.0.0.1:1"),
-            ("AWS_ACCESS_KEY_ID", "id"),
-            ("AWS_SECRET_ACCESS_KEY", "key"),
-        ];
-        assert!(load(&[], &env).is_ok());
-        let boot = [
-            &env[..],
-            &[("RUNTIME_BOOT_ID", "0123456789abcdef0123456789abcdef")],
-        ]
-        .concat();
-        assert_eq!(
-            load(&[], &boot)
-                .expect_err("the runtime names its own")
-                .len(),
-            3
-        );
-    }
-
-    #[test]
     fn secrets_do_not_show_in_debug_output() {
-        let config = load(&[], &S3).expect("complete");
+        let env = [
+            ("RUNTIME_STORE", "s3://bucket/a/b/"),
+            ("RUNTIME_S3_ENDPOINT", "https://account.example"),
+            ("RUNTIME_S3_ACCESS_KEY_ID", "id"),
+            ("RUNTIME_S3_SECRET_ACCESS_KEY", "very-secret"),
+        ];
+        let config = load(&[], &env).expect("complete");
         assert!(!format!("{config:?}").contains("very-secret"));
     }
 

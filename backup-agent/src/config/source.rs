@@ -1,12 +1,11 @@
 //! Where settings come from: one method for each kind of value, each noting what is wrong and going on, so that every bad
-//! setting is reported at once.
+//! setting is reported at once. The longest of them, where a store is, has a file of its own.
 
-use std::{ffi::OsString, fmt, io::Read, num::NonZeroU64, path::PathBuf, time::Duration};
+use std::{ffi::OsString, fmt, num::NonZeroU64, path::PathBuf, time::Duration};
 
 use nix::unistd::{Gid, Uid, User};
-use url::Url;
 
-use super::{Bucket, Location, Secret, parse_duration};
+use super::parse_duration;
 use crate::{
     cli::Backup,
     snapshot::retention::Policy,
@@ -36,9 +35,6 @@ fn by_number(text: &str) -> Option<Identity> {
 
 /// The longest stop of the gateway unless told otherwise: nobody notices it in a conversation.
 const MAX_PAUSE: Duration = Duration::from_millis(250);
-
-/// Longest content of a `*_FILE` secret: session tokens are the longest, at about 2 KiB.
-const SECRET_LIMIT: u64 = 16 * 1024;
 
 /// The environment, and what was found wrong with it.
 pub struct Source<'a> {
@@ -215,138 +211,6 @@ impl Source<'_> {
             self.reject("RUNTIME_RETENTION", reason);
             Policy::default()
         })
-    }
-
-    /// An AWS name: for people only, a runtime passes its own settings.
-    fn by_hand(&mut self, name: &str) -> Option<String> {
-        if (self.env)("RUNTIME_BOOT_ID").is_some() {
-            return None;
-        }
-        self.text(name)
-    }
-
-    /// A secret from its variable, from the file that its `*_FILE` names, or, by hand, from its AWS name.
-    fn secret(&mut self, name: &str) -> Option<String> {
-        let runtime = format!("RUNTIME_{name}");
-        let file_name = format!("{runtime}_FILE");
-        let fallback = format!("AWS_{}", name.trim_start_matches("S3_"));
-        let (value, file) = (self.text(&runtime), self.text(&file_name));
-        match (value, file) {
-            (Some(_), Some(_)) => {
-                self.reject(
-                    &runtime,
-                    format_args!("{file_name} is set too; set one of them"),
-                );
-                None
-            }
-            (Some(value), None) => Some(value),
-            (None, Some(path)) => {
-                let mut text = String::new();
-                let read = std::fs::File::open(&path)
-                    .and_then(|file| file.take(SECRET_LIMIT).read_to_string(&mut text));
-                match read {
-                    Ok(_) if !text.trim().is_empty() => Some(text.trim().to_owned()),
-                    Ok(_) => {
-                        self.reject(&file_name, format_args!("{path} is empty"));
-                        None
-                    }
-                    Err(error) => {
-                        self.reject(&file_name, format_args!("cannot read {path}: {error}"));
-                        None
-                    }
-                }
-            }
-            (None, None) => self.by_hand(&fallback),
-        }
-    }
-
-    pub fn location(&mut self, name: &str, url: &str) -> Option<Location> {
-        if let Some(path) = url.strip_prefix("file://") {
-            if path.starts_with('/') && path.len() > 1 {
-                return Some(Location::Directory(PathBuf::from(path)));
-            }
-        } else if let Some(rest) = url.strip_prefix("s3://") {
-            let (bucket, prefix) = rest.split_once('/').unwrap_or((rest, ""));
-            if !bucket.is_empty() {
-                return self.s3(bucket, prefix.trim_matches('/'));
-            }
-        }
-        self.reject(
-            name,
-            format_args!("{url:?} is neither s3://bucket/prefix nor file:///dir"),
-        );
-        None
-    }
-
-    fn s3(&mut self, bucket: &str, prefix: &str) -> Option<Location> {
-        let region = self
-            .secret("S3_REGION")
-            .unwrap_or_else(|| "auto".to_owned());
-        let endpoint = self.secret("S3_ENDPOINT");
-        // The name that the services' own tools use.
-        let endpoint = endpoint.or_else(|| self.by_hand("AWS_ENDPOINT_URL"));
-        let endpoint = endpoint.or_else(|| {
-            (region != "auto").then(|| format!("https://{{bucket}}.s3.{region}.amazonaws.com"))
-        });
-        let id = self.secret("S3_ACCESS_KEY_ID");
-        let key = self.secret("S3_SECRET_ACCESS_KEY");
-        let token = self.secret("S3_SESSION_TOKEN");
-        for (name, value) in [("ACCESS_KEY_ID", &id), ("SECRET_ACCESS_KEY", &key)] {
-            let name = format!("RUNTIME_S3_{name}");
-            // One that is there and cannot be used has been named already.
-            if value.is_none() && !self.problems.iter().any(|known| known.contains(&name)) {
-                self.reject(&name, "it is not set, and the store is on S3");
-            }
-        }
-        let Some(endpoint) = endpoint else {
-            self.reject(
-                "RUNTIME_S3_ENDPOINT",
-                "it is not set, and the region auto names no endpoint",
-            );
-            return None;
-        };
-        // The bucket goes into the host name where the endpoint says so, or already has it there.
-        let host = format!("://{bucket}.");
-        let (plain, is_virtual_host) = if endpoint.contains("://{bucket}.") {
-            (endpoint.replace("://{bucket}.", "://"), true)
-        } else if endpoint.contains(&host) {
-            (endpoint.replace(&host, "://"), true)
-        } else {
-            (endpoint.clone(), false)
-        };
-        // Hosts have no other letters, and the parser of those asserts what it was not given.
-        let parsed = (plain.is_ascii().then(|| Url::parse(&plain).ok()))
-            .flatten()
-            .filter(|url| matches!(url.scheme(), "http" | "https") && url.host_str().is_some());
-        let Some(url) = parsed else {
-            self.reject(
-                "RUNTIME_S3_ENDPOINT",
-                format_args!("{endpoint:?} is not an address such as https://host"),
-            );
-            return None;
-        };
-        if !url.username().is_empty() || url.password().is_some() || url.query().is_some() {
-            self.reject(
-                "RUNTIME_S3_ENDPOINT",
-                "it must have no user, password or query",
-            );
-            return None;
-        }
-        Some(Location::S3(Box::new(Bucket {
-            name: bucket.to_owned(),
-            prefix: if prefix.is_empty() {
-                String::new()
-            } else {
-                format!("{prefix}/")
-            },
-            endpoint: url,
-            is_virtual_host,
-            region,
-            access_key_id: id?,
-            secret_access_key: Secret(key?),
-            session_token: token.map(Secret),
-            bandwidth: self.bandwidth,
-        })))
     }
 }
 

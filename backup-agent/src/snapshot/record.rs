@@ -89,6 +89,16 @@ pub struct Layer {
     pub index_sha256: String,
 }
 
+impl Layer {
+    /// The error of whoever finds it other than it was written.
+    pub fn damaged(&self, reason: impl Into<String>) -> Error {
+        Error::Damaged {
+            key: layer_key(&self.id),
+            reason: reason.into(),
+        }
+    }
+}
+
 /// Key of a record below the instance.
 pub fn key(snapshot: &str) -> String {
     format!("snapshots/{snapshot}.json")

@@ -2,11 +2,16 @@
 //! followed, so no path leads out of the tree, whatever was planted there.
 
 use std::{
-    ffi::CString,
+    ffi::{CStr, CString},
+    fs::File,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
 };
 
-use nix::{errno::Errno, fcntl::openat, sys::stat::Mode};
+use nix::{
+    errno::Errno,
+    fcntl::{OFlag, openat},
+    sys::stat::Mode,
+};
 
 use super::scan::DIRECTORY;
 use crate::{
@@ -33,16 +38,13 @@ pub enum Refusal {
 
 impl Refusal {
     /// As the error of whoever wanted to make `entry`, which came from `source`.
-    pub fn into_error(self, source: String, entry: &Entry) -> Error {
+    fn into_error(self, source: &str, entry: &Entry) -> Error {
         let reason = match self {
             Self::Name => "the name cannot be a file's",
             Self::Orphan => "it is in no directory of this snapshot",
             Self::Failed(errno) => return Error::local("open", entry.display())(errno),
         };
-        Error::Damaged {
-            key: source,
-            reason: format!("{}: {reason}", entry.display()),
-        }
+        entry.damaged(source, reason)
     }
 }
 
@@ -63,6 +65,16 @@ impl Cursor {
     /// Another descriptor of the root.
     pub fn root_again(&self) -> Result<OwnedFd, Error> {
         self.root.try_clone().map_err(Error::local("open", "."))
+    }
+
+    /// Where to make an entry, which came from `source`: the directory that it is in, and its name there.
+    pub fn place(
+        &mut self,
+        entry: &Entry,
+        source: &str,
+    ) -> Result<(BorrowedFd<'_>, CString), Error> {
+        self.parent(&entry.path)
+            .map_err(|refusal| refusal.into_error(source, entry))
     }
 
     /// The directory that `path` is in, and the name there.
@@ -101,6 +113,14 @@ impl Cursor {
         let fd = self.levels.last().map_or(&self.root, |(_, fd)| fd);
         Ok((fd.as_fd(), checked(name)?))
     }
+}
+
+/// Makes a file at a place, for its owner alone; there must be none.
+pub fn create(parent: BorrowedFd<'_>, name: &CStr) -> Result<File, Errno> {
+    let flags =
+        OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    let private = Mode::S_IRUSR | Mode::S_IWUSR;
+    openat(parent, name, flags, private).map(File::from)
 }
 
 /// A component, if it can be a file's name.

@@ -11,7 +11,7 @@ use nix::{
 use sha2::{Digest, Sha256};
 
 use crate::{
-    archive::entry::{self, Entry},
+    archive::{entry::Entry, extents},
     snapshot::id::hex,
 };
 
@@ -190,7 +190,7 @@ fn find_runs(file: &File, status: &FileStat) -> Result<Vec<(u64, u64)>, Errno> {
 /// Whether an open file has the content and the attributes of an entry, holes at the same places.
 pub fn is_equal(content: &Content, known: &Entry) -> bool {
     let data = content.data();
-    if entry::runs(&known.extents) != data.runs
+    if extents::runs(&known.extents) != data.runs
         || xattrs(&data.file).ok().as_ref() != Some(&known.xattrs)
     {
         return false;

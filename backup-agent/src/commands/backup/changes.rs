@@ -16,7 +16,8 @@ use nix::unistd::Uid;
 
 use crate::{
     archive::{
-        entry::{Entry, Extent, Kind, display, extents, weight},
+        entry::{Entry, Kind, display, weight},
+        extents::{Extent, extents},
         index::{IndexReader, IndexWriter},
         spool::{Spool, SpoolReader},
     },

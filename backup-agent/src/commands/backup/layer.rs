@@ -5,7 +5,8 @@ use std::{collections::HashMap, fs::File, path::PathBuf};
 use super::changes::{Log, Skipped};
 use crate::{
     archive::{
-        entry::{Entry, Extent, Kind, runs},
+        entry::{Entry, Kind},
+        extents::{Extent, runs},
         spool::Spool,
         writer::{Halt, LayerWriter},
     },

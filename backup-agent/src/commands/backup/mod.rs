@@ -16,7 +16,9 @@ use self::{
     rounds::{LookError, Source, take},
 };
 use super::{
-    Answer, claimed, describe, fenced, human_bytes, trust,
+    Answer,
+    claim::{claimed, fenced, trust},
+    describe, human_bytes,
     unpack::{fetch_indexes, reindex},
 };
 use crate::{

@@ -14,15 +14,12 @@ use hyper::body::Bytes;
 use nix::{
     errno::Errno,
     fcntl::{OFlag, openat},
-    sys::{
-        stat::{Mode, futimens, mkdirat},
-        time::TimeSpec,
-    },
+    sys::stat::{Mode, futimens, mkdirat},
 };
 use tokio::sync::mpsc;
 
 use super::layout::{Planned, refuse};
-use crate::{error::Error, store::Store};
+use crate::{error::Error, store::Store, tree::status::time_spec};
 
 /// Files on their way at once: as many as the old tool took.
 const PARALLEL: usize = 16;
@@ -171,10 +168,7 @@ fn write_piece(home: &OwnedFd, piece: &Piece) -> io::Result<()> {
     let file = File::from(fd);
     file.write_all_at(&piece.bytes, piece.offset)?;
     if let Some(nanos) = piece.modified {
-        let time = TimeSpec::new(
-            nanos.div_euclid(1_000_000_000),
-            nanos.rem_euclid(1_000_000_000),
-        );
+        let time = time_spec(nanos);
         futimens(&file, &time, &time)?;
     }
     Ok(())

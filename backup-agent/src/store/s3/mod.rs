@@ -1,37 +1,31 @@
 //! A store on R2, S3 or whatever speaks its protocol. Requests are signed by rusty-s3; the signature is in the query, so
 //! no address is ever logged or put into an error.
 
+mod multipart;
 mod remote;
 mod uploads;
 
-use std::{
-    sync::{Arc, Mutex},
-    time::Duration,
-};
+use std::{sync::Arc, time::Duration};
 
 use hyper::{HeaderMap, Method, StatusCode, body::Bytes};
 use jiff::Timestamp;
 use rusty_s3::{Bucket, Credentials, S3Action, UrlStyle, actions::ListObjectsV2};
-use tokio::{sync::mpsc, task::JoinSet};
+use tokio::sync::mpsc;
 
-use self::remote::{ANSWER, EXPIRY, Remote, deadline, entity_tag, header_value, whole_size};
+use self::{
+    multipart::Multipart,
+    remote::{ANSWER, EXPIRY, Remote, deadline, entity_tag, file_time, header_value, whole_size},
+};
 use super::{
     Object, PROBE, Part, Pending, SMALL_OBJECT, Store, StoreError, http::Http, retry::retry,
 };
 use crate::{config, error::Error, snapshot::id};
 
-/// Bytes of one upload that are on their way at once, in one part at least. Two parts keep the line busy while the next
-/// one is compressed; those of huge trees are larger and keep it busy alone.
-const IN_FLIGHT: usize = 12 << 20;
-/// Where the tools that copy files to S3 keep a file's time (rclone, s3fs): seconds since 1970, with or without a fraction.
-const MTIME: &str = "x-amz-meta-mtime";
-
 /// Objects below one prefix of a bucket.
 pub struct S3 {
     remote: Arc<Remote>,
     prefix: String,
-    /// Multipart uploads begun and neither completed nor aborted: object and upload id.
-    open: Mutex<Vec<(String, String)>>,
+    multipart: Multipart,
 }
 
 impl S3 {
@@ -59,18 +53,12 @@ impl S3 {
                 deadline: deadline(bound),
             }),
             prefix: format!("{}{folder}", place.prefix),
-            open: Mutex::default(),
+            multipart: Multipart::default(),
         })
     }
 
     fn object(&self, key: &str) -> String {
         format!("{}{key}", self.prefix)
-    }
-
-    fn forget(&self, upload_id: &str) {
-        if let Ok(mut open) = self.open.lock() {
-            open.retain(|(_, known)| known != upload_id);
-        }
     }
 
     /// Objects whose keys begin so, each with the service's word on when it was last written.
@@ -114,46 +102,6 @@ impl S3 {
                 _ => return Ok(objects),
             }
         }
-    }
-
-    async fn upload_in_parts(
-        &self,
-        object: String,
-        first: Part,
-        mut parts: mpsc::Receiver<Part>,
-    ) -> Result<(), StoreError> {
-        let upload_id = self.remote.create_upload(&object).await?;
-        if let Ok(mut open) = self.open.lock() {
-            open.push((object.clone(), upload_id.clone()));
-        }
-        let mut tags: Vec<Option<String>> = Vec::new();
-        let mut flying: JoinSet<Result<(usize, String), StoreError>> = JoinSet::new();
-        let at_once = (IN_FLIGHT / first.bytes.len().max(1)).max(1);
-        let mut next = Some(first);
-        while let Some(part) = next.take() {
-            let number = tags.len();
-            tags.push(None);
-            let (remote, object, id) = (self.remote.clone(), object.clone(), upload_id.clone());
-            flying.spawn(async move {
-                let tag = remote.put_part(&object, &id, number, part.bytes).await?;
-                Ok((number, tag))
-            });
-            // At the end all must land; before it, one place must be free.
-            while flying.len() >= if part.is_last { 1 } else { at_once } {
-                let landed = flying.join_next().await;
-                let (number, tag) = landed
-                    .ok_or(StoreError::Protocol("a part was lost"))?
-                    .map_err(|_| StoreError::Protocol("a part ended without a result"))??;
-                tags[number] = Some(tag);
-            }
-            if !part.is_last {
-                next = Some(parts.recv().await.ok_or(StoreError::Abandoned)?);
-            }
-        }
-        let tags: Vec<String> = tags.into_iter().flatten().collect();
-        self.remote.complete(&object, &upload_id, &tags).await?;
-        self.forget(&upload_id);
-        Ok(())
     }
 }
 
@@ -245,7 +193,9 @@ impl Store for S3 {
                 self.remote.put(&object, first.bytes, None).await?;
                 return Ok(());
             }
-            self.upload_in_parts(object, first, parts).await
+            self.multipart
+                .upload(&self.remote, object, first, parts)
+                .await
         })
     }
 
@@ -276,11 +226,7 @@ impl Store for S3 {
                 .remote
                 .send(Method::HEAD, action, Bytes::new(), ANSWER)
                 .await?;
-            let time = answer
-                .headers
-                .get(MTIME)
-                .and_then(|time| time.to_str().ok());
-            Ok((entity_tag(&answer)?, time.and_then(parse_time)))
+            Ok((entity_tag(&answer)?, file_time(&answer)))
         })
     }
 
@@ -315,10 +261,8 @@ impl Store for S3 {
             }
             for upload in uploads::list(&self.remote, &self.prefix).await? {
                 if upload.is_older(before) {
-                    let action = |remote: &Remote| {
-                        let address = uploads::abort(remote, &upload.object, &upload.id);
-                        (address, HeaderMap::new())
-                    };
+                    let action =
+                        |remote: &Remote| uploads::abort(remote, &upload.object, &upload.id);
                     let aborted = self
                         .remote
                         .send(Method::DELETE, action, Bytes::new(), ANSWER)
@@ -334,51 +278,6 @@ impl Store for S3 {
     }
 
     fn abort_uploads(&self) -> Pending<'_, ()> {
-        Box::pin(async move {
-            let open = match self.open.lock() {
-                Ok(mut open) => std::mem::take(&mut *open),
-                Err(_) => return Ok(()),
-            };
-            for (object, upload_id) in open {
-                let action = |remote: &Remote| {
-                    let address = uploads::abort(remote, &object, &upload_id);
-                    (address, HeaderMap::new())
-                };
-                // One try: there is no time for more, and the next prune removes the rest.
-                self.remote
-                    .attempt(Method::DELETE, action, Bytes::new(), ANSWER)
-                    .await?;
-            }
-            Ok(())
-        })
-    }
-}
-
-/// A time of [`MTIME`] in nanoseconds.
-fn parse_time(text: &str) -> Option<i64> {
-    let (seconds, fraction) = text.split_once('.').unwrap_or((text, ""));
-    let nanos = format!("{fraction:0<9}").get(..9)?.parse::<u32>().ok()?;
-    let seconds = seconds.parse::<i64>().ok()?;
-    seconds
-        .checked_mul(1_000_000_000)?
-        .checked_add(i64::from(nanos))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn times_of_files_may_have_a_fraction() {
-        for (text, want) in [
-            ("1700000000.123456789", Some(1_700_000_000_123_456_789)),
-            ("1700000000.5", Some(1_700_000_000_500_000_000)),
-            ("1700000000", Some(1_700_000_000_000_000_000)),
-            ("yesterday", None),
-            ("1.x", None),
-            ("99999999999999", None),
-        ] {
-            assert_eq!(parse_time(text), want, "{text}");
-        }
+        Box::pin(self.multipart.abort(&self.remote))
     }
 }

@@ -10,7 +10,7 @@ use hyper::{
 };
 use jiff::{Timestamp, fmt::rfc2822::DateTimeParser};
 use md5::{Digest, Md5};
-use rusty_s3::{Bucket, Credentials, S3Action, actions::CreateMultipartUpload};
+use rusty_s3::{Bucket, Credentials, S3Action};
 use tokio::time::Instant;
 use url::Url;
 
@@ -109,95 +109,12 @@ impl Remote {
         let (answer, ()) = self.send(Method::PUT, action, bytes, ANSWER).await?;
         Ok(answer)
     }
-
-    pub async fn create_upload(&self, object: &str) -> Result<String, StoreError> {
-        let action = |remote: &Self| {
-            let create = remote
-                .bucket
-                .create_multipart_upload(Some(&remote.credentials), object);
-            (create.sign(EXPIRY), HeaderMap::new())
-        };
-        let (_, upload_id) = self
-            .send_and(Method::POST, action, Bytes::new(), ANSWER, |answer| {
-                let text = std::str::from_utf8(&answer.body).ok()?;
-                let parsed = CreateMultipartUpload::parse_response(text).ok()?;
-                Some(parsed.upload_id().to_owned())
-            })
-            .await?;
-        Ok(upload_id)
-    }
-
-    pub async fn put_part(
-        &self,
-        object: &str,
-        upload_id: &str,
-        number: usize,
-        bytes: Bytes,
-    ) -> Result<String, StoreError> {
-        let number = u16::try_from(number + 1)
-            .map_err(|_| StoreError::Protocol("the object has too many parts"))?;
-        let sum = checksum(&bytes);
-        let headers =
-            HeaderMap::from_iter([(HeaderName::from_static(CONTENT_MD5), header_value(&sum)?)]);
-        let action = |remote: &Self| {
-            let credentials = Some(&remote.credentials);
-            let mut put = remote
-                .bucket
-                .upload_part(credentials, object, number, upload_id);
-            put.headers_mut().insert(CONTENT_MD5, sum.as_str());
-            (put.sign(EXPIRY), headers.clone())
-        };
-        let (answer, ()) = self.send(Method::PUT, action, bytes, ANSWER).await?;
-        entity_tag(&answer)
-    }
-
-    pub async fn complete(
-        &self,
-        object: &str,
-        upload_id: &str,
-        tags: &[String],
-    ) -> Result<(), StoreError> {
-        let (bucket, credentials) = (&self.bucket, Some(&self.credentials));
-        let tags = || tags.iter().map(String::as_str);
-        let body = bucket
-            .complete_multipart_upload(credentials, object, upload_id, tags())
-            .body();
-        let action = |remote: &Self| {
-            let credentials = Some(&remote.credentials);
-            let complete =
-                remote
-                    .bucket
-                    .complete_multipart_upload(credentials, object, upload_id, tags());
-            (complete.sign(EXPIRY), HeaderMap::new())
-        };
-        let done = self
-            .send_and(Method::POST, action, body.into(), ANSWER, |answer| {
-                let text = std::str::from_utf8(&answer.body).ok()?;
-                text.contains("<CompleteMultipartUploadResult")
-                    .then_some(())
-            })
-            .await;
-        match done {
-            // No such upload: an earlier try completed it and its answer was lost. The layer is read back by its sha256
-            // before it is ever used, so its being there is all that matters here.
-            Err(StoreError::NotFound) => {
-                let action = |remote: &Self| {
-                    let head = remote.bucket.head_object(Some(&remote.credentials), object);
-                    (head.sign(EXPIRY), HeaderMap::new())
-                };
-                self.send(Method::HEAD, action, Bytes::new(), ANSWER)
-                    .await?;
-                Ok(())
-            }
-            other => other.map(|_| ()),
-        }
-    }
 }
 
 /// The body's own checksum, which every S3 service compares with what arrived.
-const CONTENT_MD5: &str = "content-md5";
+pub const CONTENT_MD5: &str = "content-md5";
 
-fn checksum(bytes: &[u8]) -> String {
+pub fn checksum(bytes: &[u8]) -> String {
     BASE64_STANDARD.encode(Md5::digest(bytes))
 }
 
@@ -225,6 +142,24 @@ pub fn entity_tag(answer: &Response) -> Result<String, StoreError> {
 pub fn whole_size(answer: &Response) -> Option<u64> {
     let range = answer.headers.get(CONTENT_RANGE)?.to_str().ok()?;
     range.rsplit_once('/')?.1.parse().ok()
+}
+
+/// Where the tools that copy files to S3 keep a file's time (rclone, s3fs): seconds since 1970, with or without a fraction.
+const MTIME: &str = "x-amz-meta-mtime";
+
+/// When the file that became this object was written, where that is known, in nanoseconds since 1970.
+pub fn file_time(answer: &Response) -> Option<i64> {
+    parse_time(answer.headers.get(MTIME)?.to_str().ok()?)
+}
+
+/// A time of [`MTIME`] in nanoseconds.
+fn parse_time(text: &str) -> Option<i64> {
+    let (seconds, fraction) = text.split_once('.').unwrap_or((text, ""));
+    let nanos = format!("{fraction:0<9}").get(..9)?.parse::<u32>().ok()?;
+    let seconds = seconds.parse::<i64>().ok()?;
+    seconds
+        .checked_mul(1_000_000_000)?
+        .checked_add(i64::from(nanos))
 }
 
 /// The error that an unsuccessful answer stands for.
@@ -314,5 +249,19 @@ mod tests {
             error.to_string(),
             "the service answered 403; check the S3 credentials, what they may do, and this machine's clock"
         );
+    }
+
+    #[test]
+    fn times_of_files_may_have_a_fraction() {
+        for (text, want) in [
+            ("1700000000.123456789", Some(1_700_000_000_123_456_789)),
+            ("1700000000.5", Some(1_700_000_000_500_000_000)),
+            ("1700000000", Some(1_700_000_000_000_000_000)),
+            ("yesterday", None),
+            ("1.x", None),
+            ("99999999999999", None),
+        ] {
+            assert_eq!(parse_time(text), want, "{text}");
+        }
     }
 }

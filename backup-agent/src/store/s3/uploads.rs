@@ -70,8 +70,9 @@ fn address(remote: &Remote, prefix: &str) -> Url {
     )
 }
 
-/// How the address of an abort is signed.
-pub fn abort(remote: &Remote, object: &str, upload_id: &str) -> Url {
+/// The request that aborts one.
+pub fn abort(remote: &Remote, object: &str, upload_id: &str) -> (Url, HeaderMap) {
     let (bucket, credentials) = (&remote.bucket, Some(&remote.credentials));
-    AbortMultipartUpload::new(bucket, credentials, object, upload_id).sign(EXPIRY)
+    let abort = AbortMultipartUpload::new(bucket, credentials, object, upload_id);
+    (abort.sign(EXPIRY), HeaderMap::new())
 }

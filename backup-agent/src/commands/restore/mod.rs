@@ -3,6 +3,8 @@
 //! The tree grows beside the root, every hash is checked on the way, and only a complete one takes the root's place. Run
 //! by a runtime, the restore also claims the head: from then on the writer before it is fenced.
 
+mod keep;
+
 use std::{
     fs,
     io::{IsTerminal, stderr, stdin},
@@ -12,31 +14,28 @@ use std::{
 
 use serde_json::json;
 
+use self::keep::{is_continued, is_there_already};
 use super::{
-    Answer, claimed, describe, human_bytes, trust,
+    Answer,
+    choose::{choose, no_snapshot},
+    claim::{claim, hold, take_over, trust},
+    describe, human_bytes,
     unpack::{Unpacked, fetch_indexes, reindex, unpack},
 };
 use crate::{
-    archive::entry::Kind,
     cli::Restore,
     config::Config,
     error::Error,
-    local_index::{Known, Racy, Trust, is_tree_same},
+    local_index::Trust,
     log,
     snapshot::{
-        head::{self, Seen, Swap},
+        head::{self, Seen},
         id,
         record::{self, Record},
     },
-    state::{Described, State, Which},
+    state::{Described, State},
     store::Store,
-    tree::{
-        apply::Old,
-        exclude::Selection,
-        identity::with_identity,
-        scan::{self, Found, Verdict, open_root},
-        swap::Staging,
-    },
+    tree::{exclude::Selection, old::Old, scan::open_root, swap::Staging},
 };
 
 /// How often a runtime starts over because the old writer's last snapshot came in between. Each round needs another new
@@ -224,33 +223,6 @@ async fn to_root(
     Ok(Some(Done::new(&record, unpacked)))
 }
 
-/// Whether the tree on the disk goes on from the newest snapshot, with nobody else's in between: then it is the same or
-/// newer, and replacing it would lose what was written since (a restart after a crash, with the disk still there).
-///
-/// A tree that lost more than half of its files while nobody was looking is taken for damage, not for news.
-async fn is_continued(config: &Config, state: &State, seen: Option<&Seen>) -> Result<bool, Error> {
-    let is_ours = seen.is_some_and(|seen| {
-        // The last run may have been killed between moving the head and writing that down.
-        Some(&seen.etag) == state.facts.etag.as_ref()
-            || Some(&seen.head.writer) == state.facts.writer.as_ref()
-    });
-    if !is_ours || state.facts.is_fenced || !state.is_root_known(&config.root) {
-        return Ok(false);
-    }
-    let (root, excludes) = (config.root.clone(), config.excludes.clone());
-    let files = with_identity(config.identity, "walk", move || {
-        let mut files = 0;
-        let visit = |found: Found<'_>| {
-            files += u64::from(found.entry.kind == Kind::File);
-            Ok::<_, Error>(Verdict::Taken)
-        };
-        scan::walk(&root, &excludes, visit, |_, _| ()).map(|()| files)
-    })
-    .await??;
-    let known = state.facts.snapshot.as_ref().map_or(0, |known| known.files);
-    Ok(files * 2 >= known)
-}
-
 async fn carry_on(
     config: &Config,
     store: &dyn Store,
@@ -286,114 +258,6 @@ async fn carry_on(
         downloaded: 0,
         described,
     }))
-}
-
-/// The record that was asked for.
-pub async fn choose(
-    config: &Config,
-    store: &dyn Store,
-    wanted: &str,
-    seen: Option<&Seen>,
-) -> Result<Record, Error> {
-    if wanted != "latest" {
-        return record::read(store, wanted).await;
-    }
-    if let Some(snapshot) = seen.and_then(|seen| seen.head.snapshot.as_deref()) {
-        return record::read(store, snapshot)
-            .await
-            .map_err(|error| match error {
-                Error::UnknownSnapshot { id } => Error::Damaged {
-                    key: record::key(&id),
-                    reason: "the head names it, and it is not there".to_owned(),
-                },
-                other => other,
-            });
-    }
-    // Without a word of the head, the newest record is the latest: its writer was killed before the head moved.
-    match record::list(store).await?.last() {
-        Some(newest) => record::read(store, newest).await,
-        None => Err(no_snapshot(config)),
-    }
-}
-
-fn no_snapshot(config: &Config) -> Error {
-    Error::NoSnapshot {
-        instance: config.instance.clone(),
-        store: config.location.to_string(),
-    }
-}
-
-/// Makes the head ours after a restore; a person's restore only remembers it. `None`: it moved.
-async fn take_over(
-    store: &dyn Store,
-    seen: Option<Seen>,
-    record: &Record,
-    claimer: Option<&str>,
-) -> Result<Option<Option<Seen>>, Error> {
-    let Some(writer) = claimer else {
-        return Ok(Some(seen));
-    };
-    // An older snapshot that was asked for by name does not become the newest one by being restored.
-    let newest = match &seen {
-        Some(seen) if seen.head.snapshot.is_some() => {
-            (seen.head.snapshot.clone()).map(|id| (id, seen.head.sequence))
-        }
-        _ => Some((record.id.clone(), record.sequence)),
-    };
-    Ok(claim(store, seen, newest, writer).await?.map(Some))
-}
-
-/// Writes our name into the head. `None`: somebody moved it since it was seen.
-async fn claim(
-    store: &dyn Store,
-    seen: Option<Seen>,
-    snapshot: Option<(String, u64)>,
-    writer: &str,
-) -> Result<Option<Seen>, Error> {
-    let snapshot = snapshot.as_ref();
-    let next = claimed(
-        snapshot.map(|(id, sequence)| (id.as_str(), *sequence)),
-        writer,
-    );
-    if let Some(seen) = &seen
-        && seen.head == next
-    {
-        return Ok(Some(seen.clone()));
-    }
-    Ok(match head::swap(store, seen.as_ref(), &next).await? {
-        Swap::Moved(etag) => Some(Seen { head: next, etag }),
-        Swap::Lost(_) => None,
-    })
-}
-
-fn hold(state: &mut State, seen: Option<Seen>, claimer: Option<&str>) {
-    if let Some(writer) = claimer {
-        state.facts.writer = Some(writer.to_owned());
-    }
-    if let Some(seen) = seen {
-        state.facts.hold(seen);
-    } else {
-        state.facts.head = None;
-        state.facts.etag = None;
-        state.facts.is_fenced = false;
-    }
-}
-
-async fn is_there_already(config: &Config, state: &State, record: &Record) -> Result<bool, Error> {
-    let is_known = |known: &Described| known.id == record.id;
-    if !state.facts.snapshot.as_ref().is_some_and(is_known) || !state.is_root_known(&config.root) {
-        return Ok(false);
-    }
-    let index = state.index(Which::Last);
-    let known = index.and_then(|index| Known::open(&index, &record.id, record.layers.len()).ok());
-    let Some(known) = known else {
-        return Ok(false);
-    };
-    let (root, excludes) = (config.root.clone(), config.excludes.clone());
-    with_identity(config.identity, "walk", move || {
-        is_tree_same(&root, &excludes, known, Racy::Read)
-    })
-    .await?
 }
 
 fn answer(done: &Done, place: &Path, begun: Instant) -> Answer {

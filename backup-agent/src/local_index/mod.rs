@@ -1,9 +1,11 @@
 //! The local index: what the last snapshot says about each path, with the stamp that tells a changed file from an
 //! unchanged one, and with the layers that have a word on it.
 
+mod adopt;
+mod compare;
+
 use std::{
     fs::File,
-    path::Path,
     sync::mpsc::{Receiver, SyncSender, sync_channel},
     thread,
 };
@@ -11,20 +13,21 @@ use std::{
 use nix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 
+pub use self::{
+    adopt::{Trust, adopt},
+    compare::{Racy, is_changed, is_equal, is_tree_same},
+};
 use crate::{
     archive::{
-        entry::{Entry, Kind, compare},
+        entry::{self, Entry},
         index::{IndexReader, IndexWriter},
-        merge::Merge,
         spool::{Spool, SpoolReader},
     },
     error::Error,
-    tree::{
-        exclude::Excludes,
-        read,
-        scan::{self, Found, Verdict},
-    },
 };
+
+/// What errors call the file.
+const UNDER_WAY: &str = "the index under way in RUNTIME_STATE";
 
 /// First line of the local index.
 #[derive(Serialize, Deserialize)]
@@ -59,25 +62,21 @@ impl LocalIndex {
                 index.line(&line)?;
                 Ok(Self(index))
             })
-            .map_err(Error::local(
-                "write",
-                "the index under way in RUNTIME_STATE",
-            ))
+            .map_err(Error::local("write", UNDER_WAY))
     }
 
     pub fn entry(&mut self, entry: &Entry) -> Result<(), Error> {
-        self.0.entry(entry).map_err(Error::local(
-            "write",
-            "the index under way in RUNTIME_STATE",
-        ))
+        self.0
+            .entry(entry)
+            .map_err(Error::local("write", UNDER_WAY))
     }
 
     /// Ends it. It is not synced: what a power cut leaves of it fails its checksum, and it is made again from the layers.
     pub fn finish(self) -> Result<(), Error> {
-        self.0.finish().map(drop).map_err(Error::local(
-            "write",
-            "the index under way in RUNTIME_STATE",
-        ))
+        self.0
+            .finish()
+            .map(drop)
+            .map_err(Error::local("write", UNDER_WAY))
     }
 }
 
@@ -146,7 +145,7 @@ impl Known {
     /// The next entry that is before `path` in the order of the walk: nothing was met there.
     pub fn before(&mut self, path: &[u8]) -> Result<Option<Entry>, Unreadable> {
         match &self.next {
-            Some(entry) if compare(&entry.path, path).is_lt() => self.advance(),
+            Some(entry) if entry::compare(&entry.path, path).is_lt() => self.advance(),
             _ => Ok(None),
         }
     }
@@ -208,147 +207,4 @@ fn read_ahead(
             return;
         }
     }
-}
-
-/// How to judge a file that changed in the same tick of the clock as the walk that wrote the index.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub enum Racy {
-    /// Read it and compare its hash.
-    Read,
-    /// Count it as changed.
-    Changed,
-}
-
-/// Whether what was found is not what the index has.
-pub fn is_changed(found: &Found<'_>, known: &Entry, started: i64, racy: Racy) -> bool {
-    if !scan::is_same(&found.entry, known) {
-        return true;
-    }
-    let stamp = found.entry.stamp;
-    stamp.is_none_or(|stamp| stamp.ctime >= started)
-        && (racy == Racy::Changed || !is_equal(found, known))
-}
-
-/// Whether what was found has the content and attributes that the index has.
-pub fn is_equal(found: &Found<'_>, known: &Entry) -> bool {
-    match known.kind {
-        Kind::File => read::open(found.parent, found.name)
-            .ok()
-            .flatten()
-            .is_some_and(|content| read::is_equal(&content, known)),
-        Kind::Dir => found.directory.is_some_and(|directory| {
-            read::xattrs(directory).is_ok_and(|xattrs| xattrs == known.xattrs)
-        }),
-        Kind::Symlink | Kind::Hardlink | Kind::Deleted => true,
-    }
-}
-
-/// Why a comparison ended early.
-enum Walk {
-    /// The tree is not what the index has, or the index cannot be read.
-    Differs,
-    Failed(Error),
-}
-
-impl From<Error> for Walk {
-    fn from(error: Error) -> Self {
-        Self::Failed(error)
-    }
-}
-
-impl From<Unreadable> for Walk {
-    fn from(_: Unreadable) -> Self {
-        Self::Differs
-    }
-}
-
-/// Whether the tree is exactly what the index has. Stops at the first difference.
-pub fn is_tree_same(
-    root: &Path,
-    excludes: &Excludes,
-    mut known: Known,
-    racy: Racy,
-) -> Result<bool, Error> {
-    let started = known.started;
-    let visit = |found: Found<'_>| {
-        while let Some(gone) = known.before(&found.entry.path)? {
-            if gone.kind != Kind::Deleted {
-                return Err(Walk::Differs);
-            }
-        }
-        match known.at(&found.entry.path)? {
-            Some(entry) if !is_changed(&found, &entry, started, racy) => Ok(Verdict::Taken),
-            _ => Err(Walk::Differs),
-        }
-    };
-    // What could not be kept then cannot be kept now; a word about it each time would bury the others.
-    let walked = scan::walk(root, excludes, visit, |_, _| ());
-    let rest = walked.and_then(|()| {
-        while let Some(gone) = known.rest()? {
-            if gone.kind != Kind::Deleted {
-                return Err(Walk::Differs);
-            }
-        }
-        Ok(())
-    });
-    match rest {
-        Ok(()) => Ok(true),
-        Err(Walk::Differs) => Ok(false),
-        Err(Walk::Failed(error)) => Err(error),
-    }
-}
-
-/// How far the tree on the disk is known to be the snapshot's.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub enum Trust {
-    /// It was just restored: only the stamps are new.
-    Restored,
-    /// Nothing is known: what looks alike is read and compared.
-    Compare,
-}
-
-/// Writes the local index of a snapshot out of its layers' indexes, with stamps from the disk.
-pub fn adopt(
-    root: &Path,
-    excludes: &Excludes,
-    merge: &mut Merge,
-    snapshot: &str,
-    file: File,
-    trust: Trust,
-) -> Result<(), Error> {
-    let mut index = LocalIndex::new(file, snapshot, file_clock()?)?;
-    let mut next = merge.next()?;
-    let visit = |found: Found<'_>| {
-        while let Some(word) =
-            next.take_if(|word| compare(&word.entry.path, &found.entry.path).is_lt())
-        {
-            index.entry(&word.entry)?;
-            next = merge.next()?;
-        }
-        if let Some(word) = next.take_if(|word| word.entry.path == found.entry.path) {
-            let mut entry = word.entry;
-            if trust == Trust::Restored && entry.kind != Kind::Deleted {
-                // The owner may be another one here.
-                let restored = found.entry;
-                entry = Entry {
-                    sha256: entry.sha256,
-                    extents: entry.extents,
-                    xattrs: entry.xattrs,
-                    layers: entry.layers,
-                    ..restored
-                };
-            } else if scan::is_alike(&found.entry, &entry) && is_equal(&found, &entry) {
-                entry.stamp = found.entry.stamp;
-            }
-            index.entry(&entry)?;
-            next = merge.next()?;
-        }
-        Ok::<_, Error>(Verdict::Taken)
-    };
-    scan::walk(root, excludes, visit, |_, _| ())?;
-    while let Some(word) = next {
-        index.entry(&word.entry)?;
-        next = merge.next()?;
-    }
-    index.finish()
 }

@@ -1,0 +1,270 @@
+//! An entry's line in an index, as JSON. What a line says is refused here where no tree could have it, whoever wrote it:
+//! everybody behind can take a path for a path. Whether lines follow each other rightly is for the merge to judge.
+
+use std::{borrow::Cow, collections::BTreeMap};
+
+use base64::{Engine, prelude::BASE64_STANDARD};
+use serde::{Deserialize, Serialize};
+
+use super::{
+    entry::{Entry, Kind, LONGEST_NAME, LONGEST_PATH, ROOT, Stamp, display},
+    extents::Extent,
+};
+
+/// An entry as JSON. Names that are not UTF-8 go, in base64, under keys of their own.
+#[derive(Serialize, Deserialize)]
+struct Line<'a> {
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    path: Option<Cow<'a, str>>,
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    path64: Option<String>,
+    #[serde(rename = "type")]
+    kind: Kind,
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    mode: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    uid: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    gid: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    mtime: Option<i64>,
+    #[serde(skip_serializing_if = "is_zero", default)]
+    size: u64,
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    link: Option<Cow<'a, str>>,
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    link64: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    sha256: Option<Cow<'a, str>>,
+    #[serde(skip_serializing_if = "<[_]>::is_empty", default)]
+    extents: Cow<'a, [Extent]>,
+    #[serde(skip_serializing_if = "BTreeMap::is_empty", default)]
+    xattrs: BTreeMap<String, String>,
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    stamp: Option<Stamp>,
+    #[serde(skip_serializing_if = "<[_]>::is_empty", default)]
+    layers: Cow<'a, [u32]>,
+}
+
+#[expect(
+    clippy::trivially_copy_pass_by_ref,
+    reason = "serde asks for this shape"
+)]
+fn is_zero(size: &u64) -> bool {
+    *size == 0
+}
+
+impl Entry {
+    /// Appends the line for an index, without its newline.
+    pub fn append_line(&self, to: &mut Vec<u8>) {
+        let path: &[u8] = if self.path.is_empty() {
+            ROOT.as_bytes()
+        } else {
+            &self.path
+        };
+        let (path, path64) = encode(path);
+        let (link, link64) = self.link.as_deref().map_or((None, None), encode);
+        let status = self.kind != Kind::Deleted;
+        let json = Line {
+            path,
+            path64,
+            kind: self.kind,
+            mode: status.then_some(self.mode),
+            uid: status.then_some(self.uid),
+            gid: status.then_some(self.gid),
+            mtime: status.then_some(self.mtime),
+            size: self.size,
+            link,
+            link64,
+            sha256: self.sha256.as_deref().map(Cow::Borrowed),
+            extents: Cow::Borrowed(&self.extents),
+            xattrs: self
+                .xattrs
+                .iter()
+                .map(|(name, value)| (name.clone(), BASE64_STANDARD.encode(value)))
+                .collect(),
+            stamp: self.stamp,
+            layers: Cow::Borrowed(&self.layers),
+        };
+        serde_json::to_writer(to, &json).expect(
+            "an entry has string keys and no failing serializer, and a buffer takes it all",
+        );
+    }
+
+    /// Reads a line; the reason when it is not one.
+    pub fn from_line(line: &[u8]) -> Result<Self, String> {
+        let line: Line<'_> = serde_json::from_slice(line).map_err(|error| error.to_string())?;
+        let mut path = decode(line.path, line.path64)?.ok_or("a line has no path")?;
+        if path == ROOT.as_bytes() {
+            path.clear();
+        } else if !is_possible(&path) {
+            return Err(format!("{}: the name cannot be a file's", display(&path)));
+        }
+        let xattrs =
+            line.xattrs
+                .into_iter()
+                .map(|(name, value)| match BASE64_STANDARD.decode(value) {
+                    Ok(value) => Ok((name, value)),
+                    Err(_) => Err(format!("the value of {name} is not base64")),
+                });
+        let target = decode(line.link, line.link64)?;
+        let leads_on =
+            |target: &Vec<u8>| (1..LONGEST_PATH).contains(&target.len()) && !target.contains(&0);
+        if line.kind == Kind::Symlink && !target.as_ref().is_some_and(leads_on) {
+            return Err(format!(
+                "{}: the link has no possible target",
+                display(&path)
+            ));
+        }
+        let missing = || "a line has no mode, owner or time".to_owned();
+        let status = if line.kind == Kind::Deleted {
+            None
+        } else {
+            let owner = line.uid.zip(line.gid);
+            let status = line.mode.zip(owner).zip(line.mtime);
+            Some(status.ok_or_else(missing)?)
+        };
+        let ((mode, (uid, gid)), mtime) = status.unwrap_or_default();
+        Ok(Self {
+            path,
+            kind: line.kind,
+            mode,
+            uid,
+            gid,
+            mtime,
+            size: line.size,
+            link: target,
+            sha256: line.sha256.map(Cow::into_owned),
+            extents: line.extents.into_owned(),
+            xattrs: xattrs.collect::<Result<_, _>>()?,
+            stamp: line.stamp,
+            layers: line.layers.into_owned(),
+        })
+    }
+}
+
+/// Whether a tree can have this path: each component a name, none of which leads anywhere else.
+fn is_possible(path: &[u8]) -> bool {
+    let is_name = |name: &[u8]| {
+        !matches!(name, b"" | b"." | b"..") && name.len() <= LONGEST_NAME && !name.contains(&0)
+    };
+    path.len() <= LONGEST_PATH && path.split(|byte| *byte == b'/').all(is_name)
+}
+
+fn encode(bytes: &[u8]) -> (Option<Cow<'_, str>>, Option<String>) {
+    match std::str::from_utf8(bytes) {
+        Ok(text) => (Some(Cow::Borrowed(text)), None),
+        Err(_) => (None, Some(BASE64_STANDARD.encode(bytes))),
+    }
+}
+
+fn decode(text: Option<Cow<'_, str>>, base64: Option<String>) -> Result<Option<Vec<u8>>, String> {
+    match (text, base64) {
+        (Some(text), None) => Ok(Some(text.into_owned().into_bytes())),
+        (None, Some(base64)) => match BASE64_STANDARD.decode(base64) {
+            Ok(bytes) => Ok(Some(bytes)),
+            Err(_) => Err("a name is not base64".to_owned()),
+        },
+        (None, None) => Ok(None),
+        (Some(_), Some(_)) => Err("a name is given twice".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn line(entry: &Entry) -> Vec<u8> {
+        let mut line = Vec::new();
+        entry.append_line(&mut line);
+        line
+    }
+
+    fn entry(path: &[u8]) -> Entry {
+        Entry {
+            path: path.to_vec(),
+            kind: Kind::File,
+            mode: 0o644,
+            uid: 1000,
+            gid: 1000,
+            mtime: 1_700_000_000_123_456_789,
+            size: 12,
+            link: None,
+            sha256: Some("ab".repeat(32)),
+            extents: vec![
+                Extent::Data {
+                    layer: 0,
+                    offset: 512,
+                    length: 4,
+                },
+                Extent::Hole { length: 8 },
+            ],
+            xattrs: BTreeMap::from([("user.a".to_owned(), vec![0, 255])]),
+            stamp: None,
+            layers: vec![],
+        }
+    }
+
+    #[test]
+    fn a_line_is_plain_json_and_reads_back() {
+        let line = line(&entry(b"dir/file"));
+        assert_eq!(
+            String::from_utf8_lossy(&line),
+            format!(
+                r#"{{"path":"dir/file","type":"file","mode":420,"uid":1000,"gid":1000,"mtime":1700000000123456789,"size":12,"sha256":"{}","extents":[[0,512,4],[null,0,8]],"xattrs":{{"user.a":"AP8="}}}}"#,
+                "ab".repeat(32)
+            )
+        );
+        assert_eq!(Entry::from_line(&line), Ok(entry(b"dir/file")));
+    }
+
+    #[test]
+    fn a_deletion_has_a_path_and_nothing_else() {
+        let line = line(&Entry::deleted(b"gone".to_vec()));
+        assert_eq!(
+            String::from_utf8_lossy(&line),
+            r#"{"path":"gone","type":"deleted"}"#
+        );
+        assert_eq!(
+            Entry::from_line(&line),
+            Ok(Entry::deleted(b"gone".to_vec()))
+        );
+        let bare = Entry::from_line(br#"{"path":"there","type":"dir","mode":448}"#);
+        assert!(bare.is_err(), "{bare:?}");
+    }
+
+    #[test]
+    fn what_can_be_no_path_is_refused_whoever_wrote_it() {
+        let name = "n".repeat(LONGEST_NAME + 1);
+        let path = "n/".repeat(LONGEST_PATH / 2) + "n";
+        let paths = [
+            "/etc", "a/", "a//b", "a/./b", "a/../b", "..", "a\0", &name, &path,
+        ];
+        for path in paths {
+            for line in [
+                line(&entry(path.as_bytes())),
+                line(&Entry::deleted(path.into())),
+            ] {
+                let read = Entry::from_line(&line);
+                assert!(read.is_err(), "{path:?} reads as {read:?}");
+            }
+        }
+        let mut entry = entry(&path.as_bytes()[2..]);
+        assert_eq!(Entry::from_line(&line(&entry)), Ok(entry.clone()));
+        entry.kind = Kind::Symlink;
+        let target = "n".repeat(LONGEST_PATH);
+        for target in [None, Some(""), Some("a\0b"), Some(&target)] {
+            entry.link = target.map(Into::into);
+            assert!(Entry::from_line(&line(&entry)).is_err(), "{target:?}");
+        }
+    }
+
+    #[test]
+    fn names_of_any_bytes_read_back() {
+        for path in [&b"\xff\xfe/\n"[..], b"", b"\"quoted\"", "ümläut".as_bytes()] {
+            let mut entry = entry(path);
+            entry.link = Some(b"\x80target".to_vec());
+            assert_eq!(Entry::from_line(&line(&entry)), Ok(entry));
+        }
+    }
+}

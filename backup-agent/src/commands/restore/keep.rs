@@ -1,0 +1,68 @@
+//! When the tree on the disk is kept: it is the wanted snapshot already, or goes on from the newest one. Only a root that is
+//! known to be the same directory is judged at all; any doubt says no, and the tree is restored.
+
+use crate::{
+    archive::entry::Kind,
+    config::Config,
+    error::Error,
+    local_index::{Known, Racy, is_tree_same},
+    snapshot::{head::Seen, record::Record},
+    state::{Described, State, Which},
+    tree::{
+        identity::with_identity,
+        scan::{self, Found, Verdict},
+    },
+};
+
+/// Whether the tree on the disk goes on from the newest snapshot, with nobody else's in between: then it is the same or
+/// newer, and replacing it would lose what was written since (a restart after a crash, with the disk still there).
+///
+/// A tree that lost more than half of its files while nobody was looking is taken for damage, not for news.
+pub async fn is_continued(
+    config: &Config,
+    state: &State,
+    seen: Option<&Seen>,
+) -> Result<bool, Error> {
+    let is_ours = seen.is_some_and(|seen| {
+        // The last run may have been killed between moving the head and writing that down.
+        Some(&seen.etag) == state.facts.etag.as_ref()
+            || Some(&seen.head.writer) == state.facts.writer.as_ref()
+    });
+    if !is_ours || state.facts.is_fenced || !state.is_root_known(&config.root) {
+        return Ok(false);
+    }
+    let (root, excludes) = (config.root.clone(), config.excludes.clone());
+    let files = with_identity(config.identity, "walk", move || {
+        let mut files = 0;
+        let visit = |found: Found<'_>| {
+            files += u64::from(found.entry.kind == Kind::File);
+            Ok::<_, Error>(Verdict::Taken)
+        };
+        scan::walk(&root, &excludes, visit, |_, _| ()).map(|()| files)
+    })
+    .await??;
+    let known = state.facts.snapshot.as_ref().map_or(0, |known| known.files);
+    Ok(files * 2 >= known)
+}
+
+/// Whether the tree is exactly this snapshot's: its index is there, and a walk finds nothing else.
+pub async fn is_there_already(
+    config: &Config,
+    state: &State,
+    record: &Record,
+) -> Result<bool, Error> {
+    let is_known = |known: &Described| known.id == record.id;
+    if !state.facts.snapshot.as_ref().is_some_and(is_known) || !state.is_root_known(&config.root) {
+        return Ok(false);
+    }
+    let index = state.index(Which::Last);
+    let known = index.and_then(|index| Known::open(&index, &record.id, record.layers.len()).ok());
+    let Some(known) = known else {
+        return Ok(false);
+    };
+    let (root, excludes) = (config.root.clone(), config.excludes.clone());
+    with_identity(config.identity, "walk", move || {
+        is_tree_same(&root, &excludes, known, Racy::Read)
+    })
+    .await?
+}
