@@ -82,9 +82,11 @@ bench-supervisor: release ## Measure the supervisor beside its peers; writes doc
 	$(call need,command -v s6-svscan,s6)
 	$(call need,python3 -c 'import ensurepip',python3-venv)
 	@cargo build --locked --release --target $(TARGET) -p supervisor --example hello
+	@cargo build --locked --release --target $(TARGET) -p e2e --bin fake-gateway
 	@export PATH="$$(tests/install-supervisors.sh):$$PATH" E2E_BIN_DIR="$$PWD/dist"; \
-	    export E2E_HELLO="$${CARGO_TARGET_DIR:-target}/$(TARGET)/release/examples/hello"; \
-	    E2E_HELLO=$$(realpath "$$E2E_HELLO") cargo bench --locked -p e2e --bench supervisor
+	    built=$$(realpath "$${CARGO_TARGET_DIR:-target}/$(TARGET)/release"); \
+	    E2E_HELLO="$$built/examples/hello" E2E_STATIC_GATEWAY="$$built/fake-gateway" \
+	    cargo bench --locked -p e2e --bench supervisor
 
 bench-backup: release ## Measure backup and restore beside the peers in PATH; writes docs/benchmarks/backup.md
 	@E2E_BIN_DIR="$$PWD/dist" cargo bench --locked -p e2e --bench backup

@@ -1,12 +1,13 @@
 #!/bin/sh
 # Unpacks peers of the supervisor's benchmark into a cache folder, once, and prints the folder of their programs, to be put
-# in front of PATH. Needs Debian's apt and Python 3 with venv. Nothing is installed, so no service of theirs starts. s6 is not
+# in front of PATH. Needs Debian's apt, Python 3 with venv and cargo. Nothing is installed, so no service of theirs starts. s6 is not
 # among them: it works from where Debian installs it only.
 set -eu
 
 packages='runit tini'
 supervisord=4.3.0
-dir=${XDG_CACHE_HOME:-$HOME/.cache}/openclaw-runtime/supervisors-$(echo "$packages $supervisord" | sha256sum | cut -c1-16)
+horust=0.1.14
+dir=${XDG_CACHE_HOME:-$HOME/.cache}/openclaw-runtime/supervisors-$(echo "$packages $supervisord $horust" | sha256sum | cut -c1-16)
 
 mkdir -p "$dir/bin"
 exec 9>"$dir/.lock"
@@ -21,6 +22,7 @@ if [ ! -e "$dir/.installed" ]; then
     python3 -m venv --clear "$dir/venv" >&2
     "$dir/venv/bin/pip" install --quiet --disable-pip-version-check --no-deps "supervisor==$supervisord" >&2
     ln -sf "$dir/venv/bin/supervisord" "$dir/bin/"
+    cargo install --quiet --locked --root "$dir" "horust@$horust" >&2
     rm -rf "$dir/debs"
     touch "$dir/.installed"
 fi

@@ -23,8 +23,13 @@ use super::routes::{self, Context};
 use super::wire::Wire;
 use crate::log::log;
 
-/// The orchestrator needs one.
-const MAX_CONNECTIONS: usize = 128;
+/// The orchestrator needs one. Strangers have to make this many between somebody's connection and its first bytes to push it
+/// out, and at their fastest that takes them ten milliseconds. More would cost more memory, and descriptors.
+const MAX_CONNECTIONS: usize = 256;
+
+/// Taken in a row, before they and others get a turn: faster than anybody connects, or the kernel's queue fills up and makes
+/// the next one wait for a second. Much fewer than there are places, since the first of them has to be heard before it goes.
+const BATCH: usize = 32;
 
 /// For the head of a request, and between two of them: idle and slow connections go.
 const HEAD_TIME_LIMIT: Duration = Duration::from_secs(10);
@@ -74,6 +79,7 @@ async fn accept(
     let mut closed = closing.subscribe();
     let mut taken = Places::default();
     let mut failures = 0_u64;
+    let mut batch = 0;
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
@@ -102,8 +108,10 @@ async fn accept(
                     place,
                 );
                 taken.add(tokio::spawn(connection).abort_handle(), stage);
-                // Its request may be there already, and is heard before the next connection takes its place.
-                yield_now().await;
+                batch = (batch + 1) % BATCH;
+                if batch == 0 {
+                    yield_now().await;
+                }
             }
             Err(error) => {
                 if failures == 0 {

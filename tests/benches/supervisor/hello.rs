@@ -1,4 +1,5 @@
-//! The floor of the API: hyper with the same settings and a constant answer. Prints the address that it listens on.
+//! The floor of the API: hyper with the same settings and a constant answer of as many bytes as it is told. Prints the
+//! address that it listens on.
 
 use std::convert::Infallible;
 
@@ -12,6 +13,8 @@ use hyper_util::rt::TokioIo;
 use tokio::net::TcpListener;
 
 fn main() -> std::io::Result<()> {
+    let length = std::env::args().nth(1).and_then(|text| text.parse().ok());
+    let body = Bytes::from(vec![b'x'; length.ok_or(std::io::ErrorKind::InvalidInput)?]);
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_io()
         .build()?;
@@ -21,13 +24,12 @@ fn main() -> std::io::Result<()> {
         loop {
             let (stream, _) = listener.accept().await?;
             stream.set_nodelay(true)?;
-            let answer = service_fn(|_: Request<hyper::body::Incoming>| async {
-                // As long as a status is.
-                let body = format!(r#"{{"ok":true,"data":"{}"}}"#, "x".repeat(900));
-                let mut answer = Response::new(Full::new(Bytes::from(body)));
+            let body = body.clone();
+            let answer = service_fn(move |_: Request<hyper::body::Incoming>| {
+                let mut answer = Response::new(Full::new(body.clone()));
                 let json = HeaderValue::from_static("application/json");
                 answer.headers_mut().insert(CONTENT_TYPE, json);
-                Ok::<_, Infallible>(answer)
+                std::future::ready(Ok::<_, Infallible>(answer))
             });
             tokio::spawn(http1::Builder::new().serve_connection(TokioIo::new(stream), answer));
         }

@@ -20,11 +20,14 @@ use std::time::{Duration, Instant};
 use e2e::http;
 use e2e::supervisor::{Setup, TOKEN};
 use e2e::wait::until_some;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use serde_json::{Map, Value, json};
 
-use self::load::load;
+use self::attack::Attack;
+use self::load::{Line, load};
 use self::peers::{Peer, Tree, children, descendants};
 
+mod attack;
 #[path = "../backup/chart.rs"]
 mod chart;
 mod load;
@@ -34,6 +37,8 @@ type Outcome<T = ()> = Result<T, Box<dyn Error>>;
 
 const ROUNDS: usize = 3;
 const LOAD_TIME: Duration = Duration::from_secs(2);
+const ATTACK_TIME: Duration = Duration::from_secs(5);
+const LINES: [(&str, Line); 2] = [("kept", Line::Kept), ("new each time", Line::Fresh)];
 const ORPHANS: usize = 1000;
 
 fn main() -> Outcome {
@@ -67,6 +72,8 @@ fn main() -> Outcome {
     }
     eprintln!("requests");
     run.insert("requests".to_owned(), requests()?);
+    eprintln!("attacks");
+    run.insert("attacks".to_owned(), attacks()?);
     let run = Value::Object(run);
     let today = jiff::Timestamp::now().strftime("%Y-%m-%d").to_string();
     fs::write(
@@ -93,6 +100,7 @@ fn lines(path: &Path) -> Vec<Value> {
 fn keep(peer: Peer) -> Outcome<(u64, u64, Vec<f64>)> {
     let setup = Setup::new();
     let (fake, gateway) = (setup.fake(), setup.gateway);
+    fs::copy(path_in("E2E_STATIC_GATEWAY")?, fake.join("fake-gateway"))?;
     let program = [
         fake.join("fake-gateway").display().to_string(),
         gateway.port().to_string(),
@@ -140,6 +148,17 @@ fn keep(peer: Peer) -> Outcome<(u64, u64, Vec<f64>)> {
 fn memory(pid: i32, field: &str) -> Outcome<u64> {
     let text = fs::read_to_string(format!("/proc/{pid}/smaps_rollup"))?;
     let line = text.lines().find_map(|line| line.strip_prefix(field));
+    let number = line
+        .ok_or("a process has memory")?
+        .trim()
+        .trim_end_matches(" kB");
+    Ok(number.parse()?)
+}
+
+/// The most that was ever resident, in KiB.
+fn peak_memory(pid: i32) -> Outcome<u64> {
+    let text = fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let line = text.lines().find_map(|line| line.strip_prefix("VmHWM:"));
     let number = line
         .ok_or("a process has memory")?
         .trim()
@@ -201,7 +220,14 @@ fn orphans(peer: Peer) -> Outcome<(f64, usize)> {
 fn requests() -> Outcome<Value> {
     let supervisor = Setup::new().start();
     supervisor.until_running(1);
-    let mut hello = Command::new(hello()?).stdout(Stdio::piped()).spawn()?;
+    let head = format!("Authorization: Bearer {TOKEN}\r\n");
+    let request = format!("GET /v1/status HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{head}\r\n");
+    let answer = http::raw(supervisor.api, request.as_bytes());
+    let (_, body) = answer.split_once("\r\n\r\n").ok_or("no answer")?;
+    let mut hello = Command::new(path_in("E2E_HELLO")?)
+        .arg(body.len().to_string())
+        .stdout(Stdio::piped())
+        .spawn()?;
     let mut line = String::new();
     BufReader::new(hello.stdout.take().ok_or("no output")?).read_line(&mut line)?;
     let floor: SocketAddr = line.trim().parse()?;
@@ -209,9 +235,8 @@ fn requests() -> Outcome<Value> {
     for connections in [1, 64] {
         let mut pairs = Vec::new();
         for _ in 0..ROUNDS {
-            let head = format!("Authorization: Bearer {TOKEN}\r\n");
-            let own = load(supervisor.api, &head, connections, LOAD_TIME)?;
-            let floor = load(floor, "", connections, LOAD_TIME)?;
+            let own = load(supervisor.api, &head, Line::Kept, connections, LOAD_TIME)?;
+            let floor = load(floor, "", Line::Kept, connections, LOAD_TIME)?;
             let figures = |load: load::Load| json!({ "perSecond": load.rate, "p50Us": load.median, "p99Us": load.slowest });
             pairs.push(json!({ "supervisor": figures(own), "hyper": figures(floor) }));
         }
@@ -222,10 +247,37 @@ fn requests() -> Outcome<Value> {
     Ok(figures.into())
 }
 
-fn hello() -> Outcome<PathBuf> {
-    let path = std::env::var_os("E2E_HELLO")
-        .ok_or("E2E_HELLO names the floor: use make bench-supervisor")?;
-    Ok(path.into())
+/// `status` for whoever has the token, while strangers do their worst.
+fn attacks() -> Outcome<Value> {
+    let (_, most) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    setrlimit(Resource::RLIMIT_NOFILE, most, most)?;
+    let head = format!("Authorization: Bearer {TOKEN}\r\n");
+    let mut figures = Map::new();
+    for attack in Attack::ALL {
+        let mut of_attack = Map::new();
+        for (name, line) in LINES {
+            let supervisor = Setup::new().start();
+            supervisor.until_running(1);
+            let (load, strangers) = attack.beside(supervisor.api, &head, line, ATTACK_TIME)?;
+            let peak = peak_memory(supervisor.pid().as_raw())?;
+            of_attack.insert(
+                name.to_owned(),
+                json!({
+                    "strangersPerSecond": strangers, "perSecond": load.rate, "p50Us": load.median, "p99Us": load.slowest,
+                    "longestUs": load.longest, "lost": load.lost, "peakKiB": peak,
+                }),
+            );
+        }
+        figures.insert(attack.name().to_owned(), of_attack.into());
+    }
+    Ok(figures.into())
+}
+
+fn path_in(name: &str) -> Outcome<PathBuf> {
+    let path = std::env::var_os(name);
+    Ok(path
+        .ok_or_else(|| format!("{name} names a program: use make bench-supervisor"))?
+        .into())
 }
 
 fn machine() -> Outcome<String> {
@@ -310,6 +362,30 @@ fn page(run: &Value, today: &str) -> String {
             );
         }
     }
+    text += "\n| `GET /v1/status` beside | on a connection that is | strangers per second | p50 µs | p99 µs | longest ms | unanswered | peak KiB |\n\
+             | --- | --- | --- | --- | --- | --- | --- | --- |\n";
+    for attack in Attack::ALL {
+        for (name, _) in LINES {
+            let of = &run["attacks"][attack.name()][name];
+            let cell = |figure: &str, scale: f64, digits| {
+                cell(of[figure].as_f64().map(|value| value * scale), digits)
+            };
+            let cells = [
+                cell("strangersPerSecond", 1.0, 0),
+                cell("p50Us", 1.0, 0),
+                cell("p99Us", 1.0, 0),
+                cell("longestUs", 0.001, 1),
+                cell("lost", 1.0, 0),
+                cell("peakKiB", 1.0, 0),
+            ];
+            let _ = writeln!(
+                text,
+                "| {} | {name} | {} |",
+                attack.name(),
+                cells.join(" | ")
+            );
+        }
+    }
     text + NOTES
 }
 
@@ -317,9 +393,12 @@ const NOTES: &str = "\n## How to read it\n\n\
 - Memory is that of everything that runs all the time: of s6 and runit two programs, which share Debian's C library; size is that\n  \
 of these programs without libraries, of supervisord its script without Python.\n\
 - The child exits with 0 while it is well, so no delay is due to the supervisor. s6 waits a second by design, runit from the second\n  \
-start on; tini starts nothing again.\n\
+start on; tini starts nothing again. The child is a static program, so what is measured ends with exec and not with a loader; a\n  \
+loop of the shell that does nothing else is the floor.\n\
 - Orphans wait at a pipe in a pid namespace of their own, the tool being PID 1, and end at once. The time includes their own.\n\
-- `hyper` is a static server on the same library with a constant answer of the same length, in pairs with the supervisor.\n";
+- `hyper` is a static server on the same library with a constant answer of the same length, in pairs with the supervisor.\n\
+- Beside an attack, one client with the token asks as fast as it is answered, while strangers come as fast as one thread of the\n  \
+same machine can make them. Its processors are shared by all three.\n";
 
 fn plot(run: &Value) -> String {
     let bars = |of: &dyn Fn(&Value) -> Option<f64>| -> Vec<(&str, f64)> {

@@ -18,16 +18,21 @@ pub enum Peer {
     S6,
     Runit,
     Tini,
+    Horust,
     Supervisord,
+    /// No supervisor at all: the floor of a restart.
+    Loop,
 }
 
 impl Peer {
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 7] = [
         Self::Own,
         Self::S6,
         Self::Runit,
         Self::Tini,
+        Self::Horust,
         Self::Supervisord,
+        Self::Loop,
     ];
 
     pub fn name(self) -> &'static str {
@@ -36,7 +41,9 @@ impl Peer {
             Self::S6 => "s6",
             Self::Runit => "runit",
             Self::Tini => "tini",
+            Self::Horust => "horust",
             Self::Supervisord => "supervisord",
+            Self::Loop => "a loop of sh",
         }
     }
 
@@ -47,7 +54,9 @@ impl Peer {
             Self::S6 => &["s6-svscan", "s6-supervise"],
             Self::Runit => &["runsvdir", "runsv"],
             Self::Tini => &["tini"],
+            Self::Horust => &["horust"],
             Self::Supervisord => &["supervisord"],
+            Self::Loop => &["sh"],
         };
         names.iter().filter_map(|name| find(name)).collect()
     }
@@ -59,7 +68,7 @@ impl Peer {
     /// Waits a second before each start, or each second one, by design: a few are enough.
     pub fn restarts(self) -> usize {
         match self {
-            Self::Own => 40,
+            Self::Own | Self::Loop => 40,
             Self::Tini => 0,
             _ => 6,
         }
@@ -88,6 +97,24 @@ impl Peer {
             Self::Tini => {
                 let mut command = tool("tini");
                 command.arg("--").args(program);
+                command
+            }
+            Self::Horust => {
+                let services = folder.join("services");
+                fs::create_dir_all(&services)?;
+                let text = format!(
+                    "command = \"{}\"\n[restart]\nstrategy = \"always\"\nbackoff = \"0s\"\n",
+                    program.join(" ")
+                );
+                fs::write(services.join("service.toml"), text)?;
+                let mut command = tool("horust");
+                command.arg("--services-path").arg(services);
+                command
+            }
+            Self::Loop => {
+                let script = format!("while :; do {}; done", program.join(" "));
+                let mut command = tool("sh");
+                command.arg("-c").arg(script);
                 command
             }
             Self::Supervisord => {
