@@ -31,11 +31,13 @@ impl Secret {
     }
 }
 
-fn padded(bytes: &[u8]) -> [u8; MAX_TOKEN] {
+/// In words: an eighth of the comparisons.
+fn padded(bytes: &[u8]) -> [u64; MAX_TOKEN / 8] {
     let mut block = [0; MAX_TOKEN];
     let length = bytes.len().min(MAX_TOKEN);
     block[..length].copy_from_slice(&bytes[..length]);
-    block
+    let (words, _) = block.as_chunks();
+    std::array::from_fn(|at| u64::from_ne_bytes(words[at]))
 }
 
 impl fmt::Debug for Secret {

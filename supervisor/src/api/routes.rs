@@ -196,13 +196,17 @@ async fn answer(
             let data = ask(context, Event::Backup, limit).await??;
             Ok(success(StatusCode::OK, data))
         }
+        // In boxes: these are large, and every request would carry the room for them.
         Route::Devices => {
             must_run(context)?;
-            Ok(success(StatusCode::OK, devices::list(config).await?))
+            Ok(success(
+                StatusCode::OK,
+                Box::pin(devices::list(config)).await?,
+            ))
         }
         Route::Approve(request) => {
             must_run(context)?;
-            let data = devices::approve(config, &context.approvals, &request).await?;
+            let data = Box::pin(devices::approve(config, &context.approvals, &request)).await?;
             Ok(success(StatusCode::OK, data))
         }
     }
