@@ -9,6 +9,7 @@ use e2e::http::{self, Response};
 use e2e::supervisor::{Setup, Supervisor, TOKEN};
 use e2e::wait::until;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::signal::{Signal, kill};
 use serde_json::Value;
 
 fn running(setup: Setup) -> Supervisor {
@@ -72,6 +73,23 @@ fn ten_thousand_connections_do_not_keep_the_token_out() {
         let open = || std::fs::read_dir(&folder).expect("is there").count();
         assert!(open() < 256 + 32, "{} descriptors", open());
     }
+}
+
+/// The kernel takes connections for it meanwhile; one that it has to drop is tried again a second later at the soonest.
+#[test]
+fn whoever_connects_while_it_has_no_time_waits_in_line() {
+    let longest = std::fs::read_to_string("/proc/sys/net/core/somaxconn").expect("is there");
+    let longest: usize = longest.trim().parse().expect("is a number");
+    let supervisor = running(Setup::new());
+    let api = supervisor.api;
+    kill(supervisor.pid(), Signal::SIGSTOP).expect("is there");
+    let connect = || TcpStream::connect_timeout(&api, Duration::from_secs(10));
+    let strangers: Result<Vec<_>, _> = (1..longest.min(500)).map(|_| connect()).collect();
+    let owner = connect();
+    kill(supervisor.pid(), Signal::SIGCONT).expect("is there");
+    assert!(strangers.is_ok(), "{strangers:?}");
+    let answer = ask(&mut owner.expect("there is room for it"));
+    assert_eq!(answer.expect("is answered").status, 200);
 }
 
 #[test]

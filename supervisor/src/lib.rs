@@ -26,14 +26,13 @@ use std::process::ExitCode;
 use std::sync::{Arc, Mutex};
 
 use nix::sys::prctl;
-use tokio::net::TcpListener;
 use tokio::runtime::Runtime;
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 
 use crate::api::devices::Approvals;
 use crate::api::routes::Context;
-use crate::api::server::Server;
+use crate::api::server::{Server, listen};
 use crate::config::{Config, StoreKind};
 use crate::error::Error;
 use crate::log::log;
@@ -166,7 +165,7 @@ async fn serve(
     let (published, status) = watch::channel(Status::boot());
     let address = config.listen;
     let listening = |source| Error::Listen { address, source };
-    let listener = TcpListener::bind(address).await.map_err(listening)?;
+    let listener = listen(address).map_err(listening)?;
     let address = listener.local_addr().map_err(listening)?;
     log!(Info, "listening", address = address.to_string());
     warn(&config);

@@ -5,6 +5,8 @@
 //! workspace's profile); an `accept` that fails is logged and waited out.
 
 use std::convert::Infallible;
+use std::io;
+use std::net::SocketAddr;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,7 +16,7 @@ use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpSocket};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::task::yield_now;
 use tokio::time::{sleep, timeout};
@@ -29,9 +31,13 @@ use crate::log::log;
 /// out, and at their fastest that takes them ten milliseconds. More would cost more memory, and descriptors.
 const MAX_CONNECTIONS: usize = 256;
 
-/// Taken in a row, before they and others get a turn: faster than anybody connects, or the kernel's queue fills up and makes
-/// the next one wait for a second. Much fewer than there are places, since the first of them has to be heard before it goes.
+/// Taken in a row, before they and others get a turn: one by one would be slower than strangers can connect. Much fewer than
+/// there are places, since the first of them has to be heard before it goes.
 const BATCH: usize = 32;
+
+/// Connections that the kernel holds until they are taken, if its `somaxconn` allows (listen(2)). One too many is dropped, and
+/// tried again by whoever wants it after a second.
+const BACKLOG: u32 = 4096;
 
 /// For the head of a request, and between two of them: idle and slow connections go.
 const HEAD_TIME_LIMIT: Duration = Duration::from_secs(10);
@@ -70,6 +76,19 @@ impl Server {
         let all = u32::try_from(MAX_CONNECTIONS).expect("is small");
         let _ = timeout(DRAIN, self.places.acquire_many(all)).await;
     }
+}
+
+/// Binds the address of the API.
+pub fn listen(address: SocketAddr) -> io::Result<TcpListener> {
+    let socket = if address.is_ipv4() {
+        TcpSocket::new_v4()
+    } else {
+        TcpSocket::new_v6()
+    }?;
+    // The port of the one before, whose connections the kernel still remembers.
+    socket.set_reuseaddr(true)?;
+    socket.bind(address)?;
+    socket.listen(BACKLOG)
 }
 
 async fn accept(
