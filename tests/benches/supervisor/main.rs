@@ -236,7 +236,7 @@ fn requests() -> Outcome<Value> {
         let mut pairs = Vec::new();
         for _ in 0..ROUNDS {
             let own = load(supervisor.api, &head, Line::Kept, connections, LOAD_TIME)?;
-            let floor = load(floor, "", Line::Kept, connections, LOAD_TIME)?;
+            let floor = load(floor, &head, Line::Kept, connections, LOAD_TIME)?;
             let figures = |load: load::Load| json!({ "perSecond": load.rate, "p50Us": load.median, "p99Us": load.slowest });
             pairs.push(json!({ "supervisor": figures(own), "hyper": figures(floor) }));
         }
@@ -396,7 +396,9 @@ of these programs without libraries, of supervisord its script without Python.\n
 start on; tini starts nothing again. The child is a static program, so what is measured ends with exec and not with a loader; a\n  \
 loop of the shell that does nothing else is the floor.\n\
 - Orphans wait at a pipe in a pid namespace of their own, the tool being PID 1, and end at once. The time includes their own.\n\
-- `hyper` is a static server on the same library with a constant answer of the same length, in pairs with the supervisor.\n\
+- `hyper` is a static server on the same library that gets the same requests and has a constant answer of the\n  \
+same length, in pairs with the supervisor. The supervisor checks the token, holds each connection to its time, and contains\n  \
+a panic of its own.\n\
 - Beside an attack, one client with the token asks as fast as it is answered, while strangers come as fast as one thread of the\n  \
 same machine can make them. Its processors are shared by all three.\n";
 
