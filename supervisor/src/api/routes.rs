@@ -107,6 +107,11 @@ pub async fn handle(context: Arc<Context>, request: Request<Incoming>, stage: St
     answer
 }
 
+/// Whether the answer takes more than a look at what is known here.
+pub fn waits(request: &Request<Incoming>) -> bool {
+    request.uri().path() != "/v1/status"
+}
+
 /// A name that is nobody's own words.
 fn known(method: &Method) -> &'static str {
     match *method {

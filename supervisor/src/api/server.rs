@@ -7,7 +7,7 @@
 use std::convert::Infallible;
 use std::io;
 use std::net::SocketAddr;
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -155,7 +155,9 @@ pub async fn serve(
     _place: OwnedSemaphorePermit,
 ) {
     let service = service_fn(move |request| {
-        let answer = contained(routes::handle(context.clone(), request, stage.clone()));
+        let waits = routes::waits(&request);
+        let handler = routes::handle(context.clone(), request, stage.clone());
+        let answer = contained(handler, waits);
         let stage = stage.clone();
         async move {
             let answer = answer.await;
@@ -181,15 +183,13 @@ pub async fn serve(
     let _ = timeout(LAST_ANSWER, connection).await;
 }
 
-/// Runs a handler so that its panic is an answer too. What it cannot answer at once goes on when its caller hangs up.
-async fn contained(handler: impl Future<Output = Answer> + Send + 'static) -> Answer {
-    let mut handler = Box::pin(handler);
-    // Most can, and then a task would be a fifth of the work.
-    let at_once = catch_unwind(AssertUnwindSafe(|| handler.as_mut().now_or_never()));
-    let answer = match at_once {
-        Ok(Some(answer)) => Some(answer),
-        Ok(None) => tokio::spawn(handler).await.ok(),
-        Err(_) => None,
+/// Runs a handler so that its panic is an answer too. One that `waits` goes on when its caller hangs up; for the rest, a task
+/// of its own would be a fifth of the work.
+async fn contained(handler: impl Future<Output = Answer> + Send + 'static, waits: bool) -> Answer {
+    let answer = if waits {
+        tokio::spawn(handler).await.ok()
+    } else {
+        AssertUnwindSafe(handler).catch_unwind().await.ok()
     };
     answer.unwrap_or_else(|| {
         Problem::Internal("the request met a bug in the runtime".to_owned()).answer()
@@ -204,12 +204,9 @@ mod tests {
     fn a_panic_in_a_handler_is_a_500() {
         let runtime = tokio::runtime::Builder::new_current_thread().build();
         let runtime = runtime.expect("can be built");
-        let at_once = async { panic!("on purpose") };
-        assert_eq!(runtime.block_on(contained(at_once)).status(), 500);
-        let later = async {
-            yield_now().await;
-            panic!("on purpose")
-        };
-        assert_eq!(runtime.block_on(contained(later)).status(), 500);
+        for waits in [false, true] {
+            let handler = contained(async { panic!("on purpose") }, waits);
+            assert_eq!(runtime.block_on(handler).status(), 500);
+        }
     }
 }
