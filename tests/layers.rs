@@ -108,9 +108,10 @@ fn edit(root: &Path, random: &mut Random) {
                 fs::rename(file, place).expect("can rename");
             }
         }
+        // Whoever runs this has to be able to write there later.
         (14, Some(file)) => tree::set_mode(
             &file,
-            0o400 + u32::try_from(random.below(64)).expect("small"),
+            0o600 + u32::try_from(random.below(64)).expect("small"),
         ),
         (15, Some(file)) => {
             let seconds = 1_000_000_000 + i64::try_from(random.below(1 << 30)).expect("small");
