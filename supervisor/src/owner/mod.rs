@@ -5,6 +5,7 @@
 
 mod gateway;
 mod saving;
+mod status;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -30,9 +31,6 @@ use crate::oom::Kills;
 use crate::reaper::{Exit, Reaper};
 use crate::status::Status;
 use gateway::Process;
-
-/// So many failures in a row, and what the gateway writes about them is of interest.
-const TELLING_FAILURES: u32 = 5;
 
 /// For what the gateway wrote before it ended, to be passed on.
 const LAST_WORDS: Duration = Duration::from_millis(100);
@@ -209,26 +207,6 @@ impl Owner {
         }
     }
 
-    /// What the status tells of a new phase.
-    fn entered(&mut self, state: &State) {
-        let at = match state.phase {
-            Phase::Held { until } | Phase::Backoff { until } | Phase::Failed { until } => {
-                Some(until)
-            }
-            _ => None,
-        };
-        let wait = at.map(|at| at.saturating_sub(self.now()));
-        self.status.next_attempt = wait.map(|wait| SystemTime::now() + wait);
-        match state.phase {
-            Phase::Running { .. } => self.status.shows_stderr = false,
-            Phase::Failed { .. } => self.status.shows_stderr = true,
-            Phase::Backoff { .. } if state.failures >= TELLING_FAILURES => {
-                self.status.shows_stderr = true;
-            }
-            _ => {}
-        }
-    }
-
     /// Carries out one action; some have a result at once.
     fn act(&mut self, action: Action) -> Option<state::Event> {
         match action {
@@ -280,21 +258,6 @@ impl Owner {
             self.cancel_agent();
         }
         self.step(state::Event::Shutdown);
-    }
-
-    fn publish(&mut self) {
-        if self.next_backup != self.backups.next() {
-            self.next_backup = self.backups.next();
-            let wait = self.next_backup.map(|next| next.saturating_sub(self.now()));
-            self.status.next_backup = wait.map(|wait| SystemTime::now() + wait);
-        }
-        let gateway = self.process.as_ref().filter(|process| process.is_gateway);
-        self.status.pid = gateway.map(|process| process.pid.as_raw());
-        self.status.gateway = self.state.word();
-        self.status.restarts = self.starts.saturating_sub(1);
-        self.status.backup = self.backups.word();
-        self.status.version += 1;
-        self.published.send_replace(self.status.clone());
     }
 
     fn is_current(&self, pid: Pid) -> bool {
