@@ -1,5 +1,5 @@
-//! The one task that owns all state. Events come in, the pure parts (`gateway::state`, `backups`) decide, and this carries
-//! out what they say and publishes the result.
+//! The one task that owns all state. Events come in, the pure parts (`gateway::transitions`, `backups`) decide, and this
+//! carries out what they say and publishes the result.
 //!
 //! Nothing here waits for anything but the next event: whatever takes time is a task that sends one when it is done.
 
@@ -24,8 +24,8 @@ use crate::api::envelope::Problem;
 use crate::backups::{Backups, Refusal};
 use crate::clock::Moment;
 use crate::config::Config;
-use crate::gateway::process;
 use crate::gateway::state::{self, Action, Phase, Policy, State};
+use crate::gateway::{process, transitions};
 use crate::log::log;
 use crate::oom::Kills;
 use crate::reaper::{Exit, Reaper};
@@ -182,7 +182,7 @@ impl Owner {
         while let Some(current) = event.take() {
             let before = self.state.word();
             let (state, action) =
-                state::next(self.state, current, self.now(), jitter(), &self.policy);
+                transitions::next(self.state, current, self.now(), jitter(), &self.policy);
             if self.state.phase != state.phase {
                 self.entered(&state);
             }
