@@ -3,6 +3,7 @@
 //! Whatever is read here was written by the operator and is trusted; it is checked for mistakes, not for attacks.
 
 mod environment;
+mod locations;
 mod reader;
 mod values;
 
@@ -15,8 +16,9 @@ use crate::error::SettingError;
 use crate::gateway::process::User;
 use crate::log::Level;
 use crate::secret::{Secret, Secrets};
+pub use locations::StoreKind;
 use reader::{Reader, SecretFile};
-pub use values::{Limit, StoreKind};
+pub use values::Limit;
 
 /// Where the image keeps the prepare script.
 const PREPARE: &str = "/usr/local/lib/openclaw-runtime/prepare.mjs";
@@ -65,7 +67,7 @@ impl Config {
         if service_token.is_none() {
             reader.required("RUNTIME_SERVICE_TOKEN");
         }
-        let listen = reader.value("RUNTIME_LISTEN", "0.0.0.0:8080", values::address);
+        let listen = reader.value("RUNTIME_LISTEN", "0.0.0.0:8080", locations::address);
         let instance_id = reader.value("RUNTIME_INSTANCE_ID", "local", values::instance);
         let instance_type = reader.optional("RUNTIME_INSTANCE_TYPE", values::word);
         let (root, store) = read_places(&mut reader);
@@ -77,16 +79,16 @@ impl Config {
         let gateway_address = reader.value(
             "RUNTIME_GATEWAY_URL",
             "http://127.0.0.1:18789",
-            values::gateway_url,
+            locations::gateway_url,
         );
         let gateway_token = reader
             .secret("RUNTIME_GATEWAY_TOKEN", values::credential)
             .or_else(|| inherited_gateway_token(variables))
             .unwrap_or_else(|| Secret::new(hex(32)));
         let prepare = if Path::new(PREPARE).is_file() {
-            Some(reader.value("RUNTIME_GATEWAY_PREPARE", PREPARE, values::file))
+            Some(reader.value("RUNTIME_GATEWAY_PREPARE", PREPARE, locations::file))
         } else {
-            reader.optional("RUNTIME_GATEWAY_PREPARE", values::file)
+            reader.optional("RUNTIME_GATEWAY_PREPARE", locations::file)
         };
         let startup_timeout = reader.value("RUNTIME_STARTUP_TIMEOUT", "180s", values::positive);
         let stop_grace = reader.value("RUNTIME_STOP_GRACE", "30s", values::duration);
@@ -142,25 +144,25 @@ impl Config {
 
 /// The root and the store, which must not be one inside the other.
 fn read_places(reader: &mut Reader<'_>) -> (PathBuf, StoreKind) {
-    let root = reader.value("RUNTIME_ROOT", "/data", values::directory);
+    let root = reader.value("RUNTIME_ROOT", "/data", locations::directory);
     let state = reader.value(
         "RUNTIME_STATE",
         "/var/lib/openclaw-runtime",
-        values::directory,
+        locations::directory,
     );
     if state.starts_with(&root) {
         let reason = "it must not be inside RUNTIME_ROOT, where the gateway could read it";
         reader.refuse("RUNTIME_STATE", reason.into());
     }
     let default = format!("file://{}/store", state.display());
-    let store = reader.value("RUNTIME_STORE", &default, values::store);
+    let store = reader.value("RUNTIME_STORE", &default, locations::store);
     if let StoreKind::File(path) = &store
         && path.starts_with(&root)
     {
         let reason = "it must not be inside RUNTIME_ROOT, which it is to survive";
         reader.refuse_once("RUNTIME_STORE", reason);
     }
-    let endpoint = reader.optional("RUNTIME_S3_ENDPOINT", values::endpoint);
+    let endpoint = reader.optional("RUNTIME_S3_ENDPOINT", locations::endpoint);
     let region = reader.value("RUNTIME_S3_REGION", "auto", values::word);
     let key = reader.secret("RUNTIME_S3_ACCESS_KEY_ID", values::credential);
     let secret = reader.secret("RUNTIME_S3_SECRET_ACCESS_KEY", values::credential);

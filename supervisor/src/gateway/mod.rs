@@ -1,10 +1,12 @@
-//! The gateway: when it starts and stops (`state`), how it is started (`process`), how nothing of it is left behind
-//! (`sweep`), and how it is talked to (`probe`, `rpc`, `files`).
+//! The gateway: when it starts and stops (`state`, `transitions`), how it is started (`process`), how nothing of it is left
+//! behind (`sweep`, with `process_table`), and how it is talked to (`probe`, `rpc`, `files`).
 
 pub mod backoff;
 pub mod files;
 pub mod probe;
 pub mod process;
+pub mod process_table;
 pub mod rpc;
 pub mod state;
 pub mod sweep;
+pub mod transitions;

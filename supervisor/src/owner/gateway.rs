@@ -13,9 +13,9 @@ use tokio::task::JoinHandle;
 
 use super::{Event, Owner};
 use crate::api::envelope::Problem;
+use crate::gateway::process_table::Belongs;
 use crate::gateway::state::{self, Phase, Then};
-use crate::gateway::sweep::{self, Belongs};
-use crate::gateway::{files, probe, process, rpc};
+use crate::gateway::{files, probe, process, rpc, sweep};
 use crate::log::log;
 use crate::reaper::{Exit, pid};
 use crate::status::LastExit;

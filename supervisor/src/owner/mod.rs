@@ -1,10 +1,11 @@
-//! The one task that owns all state. Events come in, the pure parts (`gateway::state`, `backups`) decide, and this carries
-//! out what they say and publishes the result.
+//! The one task that owns all state. Events come in, the pure parts (`gateway::transitions`, `backups`) decide, and this
+//! carries out what they say and publishes the result.
 //!
 //! Nothing here waits for anything but the next event: whatever takes time is a task that sends one when it is done.
 
 mod gateway;
 mod saving;
+mod status;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -23,16 +24,13 @@ use crate::api::envelope::Problem;
 use crate::backups::{Backups, Refusal};
 use crate::clock::Moment;
 use crate::config::Config;
-use crate::gateway::process;
 use crate::gateway::state::{self, Action, Phase, Policy, State};
+use crate::gateway::{process, transitions};
 use crate::log::log;
 use crate::oom::Kills;
 use crate::reaper::{Exit, Reaper};
 use crate::status::Status;
 use gateway::Process;
-
-/// So many failures in a row, and what the gateway writes about them is of interest.
-const TELLING_FAILURES: u32 = 5;
 
 /// For what the gateway wrote before it ended, to be passed on.
 const LAST_WORDS: Duration = Duration::from_millis(100);
@@ -184,7 +182,7 @@ impl Owner {
         while let Some(current) = event.take() {
             let before = self.state.word();
             let (state, action) =
-                state::next(self.state, current, self.now(), jitter(), &self.policy);
+                transitions::next(self.state, current, self.now(), jitter(), &self.policy);
             if self.state.phase != state.phase {
                 self.entered(&state);
             }
@@ -206,26 +204,6 @@ impl Owner {
                 );
             }
             event = action.and_then(|action| self.act(action));
-        }
-    }
-
-    /// What the status tells of a new phase.
-    fn entered(&mut self, state: &State) {
-        let at = match state.phase {
-            Phase::Held { until } | Phase::Backoff { until } | Phase::Failed { until } => {
-                Some(until)
-            }
-            _ => None,
-        };
-        let wait = at.map(|at| at.saturating_sub(self.now()));
-        self.status.next_attempt = wait.map(|wait| SystemTime::now() + wait);
-        match state.phase {
-            Phase::Running { .. } => self.status.shows_stderr = false,
-            Phase::Failed { .. } => self.status.shows_stderr = true,
-            Phase::Backoff { .. } if state.failures >= TELLING_FAILURES => {
-                self.status.shows_stderr = true;
-            }
-            _ => {}
         }
     }
 
@@ -280,21 +258,6 @@ impl Owner {
             self.cancel_agent();
         }
         self.step(state::Event::Shutdown);
-    }
-
-    fn publish(&mut self) {
-        if self.next_backup != self.backups.next() {
-            self.next_backup = self.backups.next();
-            let wait = self.next_backup.map(|next| next.saturating_sub(self.now()));
-            self.status.next_backup = wait.map(|wait| SystemTime::now() + wait);
-        }
-        let gateway = self.process.as_ref().filter(|process| process.is_gateway);
-        self.status.pid = gateway.map(|process| process.pid.as_raw());
-        self.status.gateway = self.state.word();
-        self.status.restarts = self.starts.saturating_sub(1);
-        self.status.backup = self.backups.word();
-        self.status.version += 1;
-        self.published.send_replace(self.status.clone());
     }
 
     fn is_current(&self, pid: Pid) -> bool {

@@ -1,7 +1,9 @@
 //! One run of the backup agent: a program of its own, so that whatever happens to it, nothing happens to PID 1.
 //!
-//! In: a verb, the settings in a cleared environment. Out: one JSON object and an exit code. The agent bounds its own time;
-//! here is only the backstop for one that hangs.
+//! In: a verb, the settings in a cleared environment. Out: one JSON object and an exit code, of which `outcome` makes sense.
+//! The agent bounds its own time; here is only the backstop for one that hangs.
+
+mod outcome;
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -21,6 +23,8 @@ use tokio::time::{Instant, sleep, sleep_until, timeout};
 use crate::config::Config;
 use crate::reaper::{Exit, Reaper, pid};
 use crate::stderr;
+use outcome::judge;
+pub use outcome::{Failure, Outcome, code};
 
 /// How much longer than its own bound the agent may take.
 const BACKSTOP: Duration = Duration::from_secs(10);
@@ -33,14 +37,6 @@ const MAX_OUTPUT: u64 = 1024 * 1024;
 
 /// Nothing moves when no line about it comes.
 const STALLED_AFTER: Duration = Duration::from_secs(5);
-
-pub mod code {
-    pub const NO_SNAPSHOT: i32 = 10;
-    pub const FENCED: i32 = 12;
-    pub const UNREACHABLE: i32 = 75;
-    pub const TIMEOUT: i32 = 124;
-    pub const INTERRUPTED: i32 = 143;
-}
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verb {
@@ -62,15 +58,6 @@ impl Verb {
         }
     }
 }
-
-/// A run that failed: the exit code of the contract, and a sentence without secrets.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Failure {
-    pub code: i32,
-    pub error: String,
-}
-
-pub type Outcome = Result<Value, Failure>;
 
 /// How far a run has come, from the lines that the agent logs about it: at most one a second, none in a short run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -232,93 +219,4 @@ async fn supervise(
     }
     reaper.signal(pid, Signal::SIGKILL);
     (exit.await.expect(LOST), is_late)
-}
-
-fn judge(exit: Exit, is_late: bool, output: &[u8]) -> Outcome {
-    let answer: Option<Value> = serde_json::from_slice(output).ok().filter(Value::is_object);
-    let failure = |code, error: &str| {
-        let error = error.to_owned();
-        Err(Failure { code, error })
-    };
-    if is_late {
-        return failure(
-            code::TIMEOUT,
-            "backup-agent did not end within its time and was stopped",
-        );
-    }
-    match (exit.code, answer) {
-        (Some(0), Some(answer)) => Ok(answer),
-        (Some(0), None) => failure(1, "backup-agent did not answer with a JSON object"),
-        (Some(code), answer) => {
-            let sentence = answer.as_ref().and_then(|answer| answer["error"].as_str());
-            match sentence {
-                Some(sentence) => failure(code, sentence),
-                None => failure(code, &format!("backup-agent ended with exit code {code}")),
-            }
-        }
-        (None, _) => {
-            let signal = exit.signal_name().unwrap_or_default();
-            failure(
-                128 + exit.signal.unwrap_or_default(),
-                &format!("backup-agent was killed by {signal}"),
-            )
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    const fn ended(code: i32) -> Exit {
-        Exit {
-            code: Some(code),
-            signal: None,
-        }
-    }
-
-    #[test]
-    fn an_outcome_is_read_from_exit_code_and_answer() {
-        let killed = Exit {
-            code: None,
-            signal: Some(9),
-        };
-        let ours = "backup-agent ended with exit code 75";
-        for (exit, is_late, output, expected) in [
-            (
-                ended(75),
-                false,
-                r#"{"error":"no route","code":"x"}"#,
-                (75, "no route"),
-            ),
-            (ended(75), false, "", (75, ours)),
-            (ended(75), false, "[1]", (75, ours)),
-            (
-                ended(0),
-                false,
-                "oops",
-                (1, "backup-agent did not answer with a JSON object"),
-            ),
-            (
-                killed,
-                false,
-                "",
-                (137, "backup-agent was killed by SIGKILL"),
-            ),
-            (
-                killed,
-                true,
-                "{}",
-                (
-                    124,
-                    "backup-agent did not end within its time and was stopped",
-                ),
-            ),
-        ] {
-            let failure = judge(exit, is_late, output.as_bytes()).expect_err("is a failure");
-            assert_eq!((failure.code, failure.error.as_str()), expected);
-        }
-        let answer = judge(ended(0), false, br#"{"files":3}"#).expect("is an answer");
-        assert_eq!(answer["files"], 3);
-    }
 }

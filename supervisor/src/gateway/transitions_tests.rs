@@ -1,4 +1,4 @@
-//! The table of `state::next`, row by row.
+//! The table of `transitions::next`, row by row.
 
 use super::*;
 

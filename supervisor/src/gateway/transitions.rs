@@ -1,0 +1,214 @@
+//! The life of the gateway as a table: `next(state, event)` is the next state and at most one thing to do.
+//!
+//! No clock, process or socket: time and randomness are arguments. The invariant that everything else leans on: a start
+//! (`Prepare`, `Spawn`) follows a restore or a finished sweep only, so two gateways never run on one tree.
+
+use std::time::Duration;
+
+use super::backoff;
+use super::state::{Action, Event, Phase, Policy, State, Then};
+use crate::clock::Moment;
+
+/// Ready for this long, and earlier crashes are forgotten.
+const STABLE_AFTER: Duration = Duration::from_mins(1);
+
+/// Exit 78 (`EX_CONFIG`): the gateway refuses its configuration or database. Only a person or an update changes that.
+const REFUSED_RETRY: Duration = Duration::from_mins(5);
+
+#[allow(clippy::too_many_lines)] // one table reads best in one piece
+pub fn next(
+    state: State,
+    event: Event,
+    now: Moment,
+    jitter: f64,
+    policy: &Policy,
+) -> (State, Option<Action>) {
+    let to = |phase| State { phase, ..state };
+    let sweep = |then| (to(Phase::Sweeping { then }), Some(Action::Sweep));
+    let stop = |then, action| {
+        let until = now + policy.stop_grace;
+        (to(Phase::Stopping { until, then }), Some(action))
+    };
+    match (state.phase, event) {
+        (Phase::Restoring, Event::RestoreFailed) if policy.hold => {
+            let failures = state.failures.saturating_add(1);
+            let until = now + backoff::RESTORE.delay(failures, jitter);
+            let phase = Phase::Held { until };
+            (
+                State {
+                    phase,
+                    failures,
+                    ..state
+                },
+                None,
+            )
+        }
+        (Phase::Restoring, Event::Restored | Event::RestoreFailed) => start(state, now, policy),
+        (Phase::Held { until }, Event::Tick) if now >= until => {
+            (to(Phase::Restoring), Some(Action::Restore))
+        }
+        (Phase::Held { .. }, Event::Restart) => (to(Phase::Restoring), Some(Action::Restore)),
+
+        (Phase::Preparing { .. }, Event::Exited(Some(0))) => {
+            let phase = Phase::Sweeping { then: Then::Start };
+            let prepared = true;
+            (
+                State {
+                    phase,
+                    prepared,
+                    ..state
+                },
+                Some(Action::Sweep),
+            )
+        }
+        (Phase::Starting { .. }, Event::Ready) => (to(Phase::Running { since: now }), None),
+
+        // A clean exit of a ready gateway asks for a fresh process; one before readiness would loop hot, so it is a crash.
+        (Phase::Running { .. }, Event::Exited(Some(0))) => sweep(Then::Start),
+        (Phase::Starting { .. } | Phase::Running { .. }, Event::Exited(Some(78))) => {
+            sweep(Then::GiveUp)
+        }
+        (Phase::Running { since }, Event::Exited(_))
+            if now.saturating_sub(since) >= STABLE_AFTER =>
+        {
+            let phase = Phase::Sweeping { then: Then::Wait };
+            (
+                State {
+                    phase,
+                    failures: 0,
+                    ..state
+                },
+                Some(Action::Sweep),
+            )
+        }
+        (
+            Phase::Preparing { .. } | Phase::Starting { .. } | Phase::Running { .. },
+            Event::Exited(_),
+        ) => sweep(Then::Wait),
+        (Phase::Preparing { until } | Phase::Starting { until }, Event::Tick) if now >= until => {
+            stop(Then::Wait, Action::Terminate)
+        }
+
+        (Phase::Stopping { then, .. }, Event::Exited(_)) => sweep(then),
+        (Phase::Stopping { until, then }, Event::Tick) if now >= until => sweep(then),
+        (
+            Phase::Stopping {
+                then: Then::Down, ..
+            },
+            Event::Shutdown,
+        ) => sweep(Then::Down),
+        (Phase::Stopping { until, .. }, Event::Shutdown) => (
+            to(Phase::Stopping {
+                until,
+                then: Then::Down,
+            }),
+            None,
+        ),
+        (
+            Phase::Stopping {
+                until,
+                then: Then::Wait,
+            },
+            Event::Restart,
+        ) => (
+            to(Phase::Stopping {
+                until,
+                then: Then::Start,
+            }),
+            None,
+        ),
+        (Phase::Sweeping { .. }, Event::Shutdown) => {
+            (to(Phase::Sweeping { then: Then::Down }), None)
+        }
+        (
+            Phase::Sweeping {
+                then: Then::Wait | Then::GiveUp,
+            },
+            Event::Restart,
+        ) => (to(Phase::Sweeping { then: Then::Start }), None),
+        (Phase::Sweeping { then }, Event::Swept) => swept(state, then, now, jitter, policy),
+
+        (Phase::Backoff { until } | Phase::Failed { until }, Event::Tick) if now >= until => {
+            start(state, now, policy)
+        }
+        (Phase::Backoff { .. } | Phase::Failed { .. }, Event::Restart) => start(
+            State {
+                failures: 0,
+                ..state
+            },
+            now,
+            policy,
+        ),
+        (Phase::Running { .. }, Event::Restart) => stop(Then::Start, Action::Ask),
+
+        (Phase::Running { .. }, Event::Shutdown) => stop(Then::Down, Action::Ask),
+        (Phase::Preparing { .. } | Phase::Starting { .. }, Event::Shutdown) => {
+            stop(Then::Down, Action::Terminate)
+        }
+        (
+            Phase::Restoring | Phase::Held { .. } | Phase::Backoff { .. } | Phase::Failed { .. },
+            Event::Shutdown,
+        ) => (to(Phase::Down), Some(Action::Finish)),
+
+        // Everything else joins what is under way (a restart while one restores, prepares or starts: that is the fresh
+        // process already), or comes too late to matter.
+        _ => (state, None),
+    }
+}
+
+fn start(state: State, now: Moment, policy: &Policy) -> (State, Option<Action>) {
+    let until = now + policy.startup_timeout;
+    let restoring = matches!(state.phase, Phase::Restoring);
+    let failures = if restoring { 0 } else { state.failures };
+    let (phase, action) = if state.prepared {
+        (Phase::Starting { until }, Action::Spawn)
+    } else {
+        (Phase::Preparing { until }, Action::Prepare)
+    };
+    (
+        State {
+            phase,
+            failures,
+            ..state
+        },
+        Some(action),
+    )
+}
+
+fn swept(
+    state: State,
+    then: Then,
+    now: Moment,
+    jitter: f64,
+    policy: &Policy,
+) -> (State, Option<Action>) {
+    match then {
+        Then::Start => start(state, now, policy),
+        Then::Wait => {
+            let failures = state.failures.saturating_add(1);
+            let until = now + backoff::RESTART.delay(failures, jitter);
+            let phase = Phase::Backoff { until };
+            (
+                State {
+                    phase,
+                    failures,
+                    ..state
+                },
+                None,
+            )
+        }
+        Then::GiveUp => {
+            let until = now + REFUSED_RETRY;
+            let phase = Phase::Failed { until };
+            (State { phase, ..state }, None)
+        }
+        Then::Down => {
+            let phase = Phase::Down;
+            (State { phase, ..state }, Some(Action::Finish))
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "transitions_tests.rs"]
+mod tests;
