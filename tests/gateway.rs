@@ -19,7 +19,7 @@ use e2e::supervisor::{Supervisor, is_alive, is_root};
 use e2e::wait::until;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 type Outcome<T = ()> = Result<T, Box<dyn Error>>;
 
@@ -147,8 +147,12 @@ fn gateway_killed_on_one_host_starts_on_another() -> Outcome {
 /// Whose gateway is stopped for a moment at each snapshot.
 const APART: u32 = 54_410;
 
-/// Snapshots in the middle of pairings, which write to the gateway's databases: each starts a gateway that knows every
-/// device that was paired before it.
+/// Calls of the gateway's protocol.
+const CREATE: &str = "sessions.create";
+const LIST: &str = "sessions.list";
+
+/// Snapshots in the middle of pairings and of new sessions, which write to databases of the gateway: each starts a gateway that
+/// knows every device and every session of before.
 #[test]
 fn snapshots_of_a_gateway_at_work_start_a_gateway() -> Outcome {
     if !is_root() {
@@ -160,23 +164,36 @@ fn snapshots_of_a_gateway_at_work_start_a_gateway() -> Outcome {
     let first = machine(folder.path(), settings())?;
     give(&first.root(), APART)?;
     let mut supervisor = first.start_apart(APART)?;
+    let home = tempfile::tempdir()?;
     let mut snapshots = Vec::new();
-    let paired = AtomicUsize::new(0);
+    let (paired, begun) = (AtomicUsize::new(0), AtomicUsize::new(0));
     let is_over = AtomicBool::new(false);
+    let again = |done: &AtomicUsize, step: &dyn Fn() -> Outcome| -> Result<(), String> {
+        while !is_over.load(Ordering::Relaxed) {
+            step().map_err(|error| error.to_string())?;
+            done.fetch_add(1, Ordering::Relaxed);
+        }
+        Ok(())
+    };
     std::thread::scope(|scope| -> Outcome {
-        let pairing = scope.spawn(|| -> Result<(), String> {
-            while !is_over.load(Ordering::Relaxed) {
-                pair_another(&supervisor).map_err(|error| error.to_string())?;
-                paired.fetch_add(1, Ordering::Relaxed);
-            }
-            Ok(())
+        let pairing = scope.spawn(|| again(&paired, &|| pair_another(&supervisor).map(drop)));
+        let talking = scope.spawn(|| {
+            again(&begun, &|| {
+                let label = json!({ "label": begun.load(Ordering::Relaxed).to_string() });
+                let gateway = supervisor.setup.gateway;
+                let session = (first.openclaw).call(gateway, home.path(), CREATE, &label)?;
+                assert_eq!(session["ok"], true, "{session}");
+                Ok(())
+            })
         });
         let taken = (1..=2).try_for_each(|count| -> Outcome {
-            let before = paired.load(Ordering::Relaxed);
-            until("devices are paired", || {
-                pairing.is_finished() || paired.load(Ordering::Relaxed) > before + 3 * count
+            until("devices are paired and sessions begun", || {
+                let is_enough =
+                    |done: &AtomicUsize, each: usize| done.load(Ordering::Relaxed) > each * count;
+                let is_lost = pairing.is_finished() || talking.is_finished();
+                is_lost || is_enough(&paired, 3) && is_enough(&begun, 1)
             });
-            let known = paired.load(Ordering::Relaxed);
+            let known = [&paired, &begun].map(|done| done.load(Ordering::Relaxed));
             let backup = data(&supervisor, "POST", "/v1/backup")?;
             let id = backup["snapshot"].as_str().ok_or("an id")?.to_owned();
             snapshots.push((id, known));
@@ -184,6 +201,7 @@ fn snapshots_of_a_gateway_at_work_start_a_gateway() -> Outcome {
         });
         is_over.store(true, Ordering::Relaxed);
         pairing.join().map_err(|_| "the pairing panicked")??;
+        talking.join().map_err(|_| "the sessions panicked")??;
         taken
     })?;
     assert_eq!(supervisor.stop(), Some(0), "{}", supervisor.log());
@@ -206,8 +224,17 @@ fn snapshots_of_a_gateway_at_work_start_a_gateway() -> Outcome {
         assert!(restored.status.success(), "{restored:?}");
         let mut supervisor = second.start_elsewhere()?;
         let devices = data(&supervisor, "GET", "/v1/devices")?;
-        let paired = devices["paired"].as_array().map_or(0, Vec::len);
-        assert!(paired >= known, "{paired} of {known} devices");
+        let gateway = supervisor.setup.gateway;
+        let sessions = (second.openclaw).call(gateway, home.path(), LIST, &json!({}))?;
+        let there = [
+            devices["paired"].as_array().map_or(0, Vec::len),
+            usize::try_from(sessions["totalCount"].as_u64().ok_or("a count")?)?,
+        ];
+        let is_known = there
+            .iter()
+            .zip(known)
+            .all(|(there, known)| *there >= known);
+        assert!(is_known, "devices and sessions: {there:?} of {known:?}");
         assert_eq!(supervisor.stop(), Some(0), "{}", supervisor.log());
         let scratch = tempfile::tempdir()?;
         second

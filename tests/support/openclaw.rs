@@ -3,10 +3,13 @@
 use std::error::Error;
 use std::ffi::OsString;
 use std::fs;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use serde_json::Value;
+
+use crate::machine::GATEWAY_TOKEN;
 
 /// The pinned gateway and its Node.js, as `gateway/install.sh` installs them.
 pub struct OpenClaw {
@@ -52,6 +55,20 @@ impl OpenClaw {
         let said = String::from_utf8_lossy(&output.stderr);
         let wrong = |error| format!("openclaw {}: {error}: {said}", arguments.join(" "));
         Ok(serde_json::from_slice(&output.stdout).map_err(wrong)?)
+    }
+
+    /// What a running gateway answers to a call by its own command line, which has a home of its own.
+    pub fn call(
+        &self,
+        gateway: SocketAddr,
+        home: &Path,
+        method: &str,
+        params: &Value,
+    ) -> Result<Value, Box<dyn Error>> {
+        let (url, params) = (format!("ws://{gateway}"), params.to_string());
+        let call = ["gateway", "call", method, "--params", &params, "--json"];
+        let there = ["--url", &url, "--token", GATEWAY_TOKEN];
+        self.ask(home, &[&call[..], &there].concat())
     }
 
     /// Checks the databases of a gateway that is not running with its own tools: its backup command runs a full
