@@ -1,7 +1,7 @@
 #!/bin/sh
 # Unpacks peers of the supervisor's benchmark into a cache folder, once, and prints the folder of their programs, to be put
-# in front of PATH. Needs Debian's apt, Python 3 with venv and cargo. Nothing is installed, so no service of theirs starts. s6 is not
-# among them: it works from where Debian installs it only.
+# in front of PATH. Needs Debian's apt, Python 3 with venv and cargo. Nothing is installed, so no service of theirs starts. s6
+# is not among them: it works from where Debian installs it only.
 set -eu
 
 packages='runit tini'

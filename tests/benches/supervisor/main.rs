@@ -124,7 +124,7 @@ fn keep(peer: Peer) -> Outcome<(u64, u64, Vec<f64>)> {
     let own: Vec<i32> = own.filter(|pid| i64::from(*pid) != gateway_pid).collect();
     let memory = |field: &str| {
         own.iter()
-            .map(|pid| memory(*pid, field))
+            .map(|pid| memory(*pid, "smaps_rollup", field))
             .sum::<Outcome<u64>>()
     };
     let (resident, proportional) = (memory("Rss:")?, memory("Pss:")?);
@@ -145,20 +145,10 @@ fn keep(peer: Peer) -> Outcome<(u64, u64, Vec<f64>)> {
     Ok((resident, proportional, restarts))
 }
 
-fn memory(pid: i32, field: &str) -> Outcome<u64> {
-    let text = fs::read_to_string(format!("/proc/{pid}/smaps_rollup"))?;
+/// A figure of a process in KiB, from that file of its folder in /proc.
+fn memory(pid: i32, file: &str, field: &str) -> Outcome<u64> {
+    let text = fs::read_to_string(format!("/proc/{pid}/{file}"))?;
     let line = text.lines().find_map(|line| line.strip_prefix(field));
-    let number = line
-        .ok_or("a process has memory")?
-        .trim()
-        .trim_end_matches(" kB");
-    Ok(number.parse()?)
-}
-
-/// The most that was ever resident, in KiB.
-fn peak_memory(pid: i32) -> Outcome<u64> {
-    let text = fs::read_to_string(format!("/proc/{pid}/status"))?;
-    let line = text.lines().find_map(|line| line.strip_prefix("VmHWM:"));
     let number = line
         .ok_or("a process has memory")?
         .trim()
@@ -221,11 +211,10 @@ fn requests() -> Outcome<Value> {
     let supervisor = Setup::new().start();
     supervisor.until_running(1);
     let head = format!("Authorization: Bearer {TOKEN}\r\n");
-    let request = format!("GET /v1/status HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{head}\r\n");
-    let answer = http::raw(supervisor.api, request.as_bytes());
-    let (_, body) = answer.split_once("\r\n\r\n").ok_or("no answer")?;
+    let answer = supervisor.get("/v1/status");
+    let length = answer.header("content-length").ok_or("no length")?;
     let mut hello = Command::new(path_in("E2E_HELLO")?)
-        .arg(body.len().to_string())
+        .arg(length)
         .stdout(Stdio::piped())
         .spawn()?;
     let mut line = String::new();
@@ -259,7 +248,7 @@ fn attacks() -> Outcome<Value> {
             let supervisor = Setup::new().start();
             supervisor.until_running(1);
             let (load, strangers) = attack.beside(supervisor.api, &head, line, ATTACK_TIME)?;
-            let peak = peak_memory(supervisor.pid().as_raw())?;
+            let peak = memory(supervisor.pid().as_raw(), "status", "VmHWM:")?;
             of_attack.insert(
                 name.to_owned(),
                 json!({
