@@ -15,10 +15,8 @@ use e2e::device::{Device, Welcome};
 use e2e::machine::{GATEWAY_TOKEN, Machine, data, find, pair_another, pair_device};
 use e2e::moto::Moto;
 use e2e::openclaw::{OpenClaw, prepare_script, require_approval};
-use e2e::supervisor::{Supervisor, is_alive, is_root};
+use e2e::supervisor::{Supervisor, is_root};
 use e2e::wait::until;
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
 use serde_json::{Value, json};
 
 type Outcome<T = ()> = Result<T, Box<dyn Error>>;
@@ -128,15 +126,9 @@ fn gateway_killed_on_one_host_starts_on_another() -> Outcome {
     let folder = tempfile::tempdir()?;
     let store = format!("file://{}", folder.path().join("store").display());
     let machine = machine(folder.path(), vec![("RUNTIME_STORE", store)])?;
-    let supervisor = machine.start()?;
+    let mut supervisor = machine.start()?;
     let device = leave_traces(&machine, &supervisor)?;
-
-    let gateway = supervisor.status()["gateway"]["pid"]
-        .as_i64()
-        .ok_or("a pid")?;
-    supervisor.signal(Signal::SIGKILL);
-    kill(Pid::from_raw(i32::try_from(gateway)?), Signal::SIGKILL)?;
-    until("the gateway's end", || !is_alive(gateway));
+    supervisor.kill_container();
     drop(supervisor);
     fs::remove_dir_all(&machine.disk)?;
 

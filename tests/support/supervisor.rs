@@ -336,25 +336,23 @@ impl Supervisor {
 
     /// Kills it and every process of it at once, as the end of its container does.
     pub fn kill_container(&mut self) {
-        let folder = fs::canonicalize(self.setup.folder.path()).expect("it is there");
-        self.child.kill().expect("it is our child");
-        let _ = self.wait();
-        // All their programs are in our folder. Nobody starts any, now that the supervisor has gone, but who is there.
+        let pid = self.pid();
+        self.signal(Signal::SIGSTOP);
+        until("a supervisor that is stopped", || {
+            state(pid.as_raw().into()) == Some('T')
+        });
+        // Stopped it starts nobody again, and as their reaper it still is who gets those that lose their parent.
         until("the end of every process", || {
-            let processes = fs::read_dir("/proc").expect("there is one");
-            let names = processes.flatten().map(|entry| entry.file_name());
-            let pids = names.filter_map(|name| name.to_str()?.parse::<i32>().ok());
-            let ours = pids.filter(|pid| {
-                let program = fs::read_link(format!("/proc/{pid}/exe"));
-                program.is_ok_and(|program| program.starts_with(&folder))
-            });
-            let ours: Vec<i32> = ours.collect();
-            for pid in &ours {
+            let all = descendants(pid.as_raw()).into_iter();
+            let living: Vec<i32> = all.filter(|pid| is_alive((*pid).into())).collect();
+            for pid in &living {
                 // It may have ended meanwhile.
                 let _ = kill(Pid::from_raw(*pid), Signal::SIGKILL);
             }
-            ours.is_empty()
+            living.is_empty()
         });
+        self.child.kill().expect("it is our child");
+        let _ = self.wait();
     }
 
     /// Waits for its end.
@@ -386,20 +384,49 @@ impl Drop for Supervisor {
     }
 }
 
-/// Whether a process is there and not just a zombie.
+/// Whether anything of a process still runs: of a zombie it may be all but the first thread.
 pub fn is_alive(pid: i64) -> bool {
-    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-    status
-        .lines()
-        .any(|line| line.starts_with("State:") && !line.contains('Z'))
+    match state(pid) {
+        Some('Z') => field(pid, "Threads").is_some_and(|threads| threads != "1"),
+        state => state.is_some(),
+    }
 }
 
-/// The children of a process, the dead ones that it has not reaped included.
+/// `R`, `S`, `T`, `Z` … as in proc_pid_status(5).
+fn state(pid: i64) -> Option<char> {
+    field(pid, "State")?.chars().next()
+}
+
+fn field(pid: i64, name: &str) -> Option<String> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let mut lines = status.lines().filter_map(|line| line.split_once(':'));
+    let (_, value) = lines.find(|(found, _)| *found == name)?;
+    Some(value.trim().to_owned())
+}
+
+/// The children of a process, the dead ones that it has not reaped included; none when it has gone.
 pub fn children(pid: i32) -> Vec<i32> {
-    let list = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"));
-    let list = list.unwrap_or_default();
-    let pids = list.split_whitespace().map(str::parse);
-    pids.collect::<Result<_, _>>().expect("is a list of pids")
+    let threads = fs::read_dir(format!("/proc/{pid}/task"));
+    let threads = threads.into_iter().flatten().flatten();
+    let lists = threads.flat_map(|thread| fs::read_to_string(thread.path().join("children")));
+    lists
+        .flat_map(|list| {
+            let pids = list.split_whitespace().map(str::parse);
+            pids.collect::<Result<Vec<_>, _>>()
+                .expect("is a list of pids")
+        })
+        .collect()
+}
+
+/// The children of a process, theirs, and so on.
+pub fn descendants(pid: i32) -> Vec<i32> {
+    let mut all = children(pid);
+    let mut at = 0;
+    while let Some(next) = all.get(at) {
+        all.extend(children(*next));
+        at += 1;
+    }
+    all
 }
 
 /// A test that needs root says so and ends, when we are not.

@@ -18,14 +18,14 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use e2e::http;
-use e2e::supervisor::{Setup, TOKEN};
+use e2e::supervisor::{Setup, TOKEN, children, descendants};
 use e2e::wait::until_some;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use serde_json::{Map, Value, json};
 
 use self::attack::Attack;
 use self::load::{Line, load};
-use self::peers::{Peer, Tree, children, descendants};
+use self::peers::{Peer, Tree};
 
 mod attack;
 #[path = "../backup/chart.rs"]

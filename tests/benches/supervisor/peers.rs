@@ -2,11 +2,11 @@
 
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt as _;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 
 use e2e::binaries::binary;
-use e2e::supervisor::Setup;
+use e2e::supervisor::{Setup, descendants};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -169,20 +169,4 @@ impl Drop for Tree {
         }
         let _ = self.0.wait();
     }
-}
-
-pub fn children(pid: i32) -> Vec<i32> {
-    let path = format!("/proc/{pid}/task/{pid}/children");
-    let text = fs::read_to_string(Path::new(&path)).unwrap_or_default();
-    text.split_whitespace().flat_map(str::parse).collect()
-}
-
-pub fn descendants(pid: i32) -> Vec<i32> {
-    let mut all = children(pid);
-    let mut at = 0;
-    while let Some(next) = all.get(at) {
-        all.extend(children(*next));
-        at += 1;
-    }
-    all
 }
