@@ -159,6 +159,11 @@ impl<R: Read> IndexReader<R> {
         Ok(Some(&self.line))
     }
 
+    /// Bytes of the line that was read last.
+    pub fn length(&self) -> usize {
+        self.line.len()
+    }
+
     /// The next entry.
     pub fn entry(&mut self) -> io::Result<Option<Entry>> {
         match self.line()? {

@@ -1,6 +1,7 @@
 //! Layers: a plain tarball in independent zstd frames, its index in a skippable frame, a footer that says where the index
 //! is. `docs/snapshot-format.md` is the specification.
 
+pub mod ahead;
 pub mod download;
 pub mod entry;
 pub mod extents;

@@ -4,11 +4,7 @@
 mod adopt;
 mod compare;
 
-use std::{
-    fs::File,
-    sync::mpsc::{Receiver, SyncSender, sync_channel},
-    thread,
-};
+use std::fs::File;
 
 use nix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
@@ -19,9 +15,10 @@ pub use self::{
 };
 use crate::{
     archive::{
+        ahead::Ahead,
         entry::{self, Entry},
         index::{IndexReader, IndexWriter},
-        spool::{Spool, SpoolReader},
+        spool::Spool,
     },
     error::Error,
 };
@@ -95,24 +92,18 @@ impl From<Unreadable> for Error {
 pub struct Known {
     /// Changes after this time may have been missed.
     pub started: i64,
-    /// Read ahead on a thread of its own: the walk is the longer half of the work.
-    ahead: Option<Receiver<Result<Vec<Entry>, Unreadable>>>,
-    batch: std::vec::IntoIter<Entry>,
+    entries: Option<Ahead>,
     next: Option<Entry>,
     /// Number of layers of the snapshot.
     layers: usize,
 }
-
-/// Entries that are handed over at once.
-const BATCH: usize = 256;
 
 impl Known {
     /// An index without an entry.
     pub fn nothing() -> Self {
         Self {
             started: 0,
-            ahead: None,
-            batch: Vec::new().into_iter(),
+            entries: None,
             next: None,
             layers: 0,
         }
@@ -126,15 +117,9 @@ impl Known {
         if header.snapshot != snapshot {
             return Err(Unreadable);
         }
-        let (sender, ahead) = sync_channel(2);
-        thread::Builder::new()
-            .name("index".to_owned())
-            .spawn(move || read_ahead(lines, &sender))
-            .map_err(|_| Unreadable)?;
         let mut known = Self {
             started: header.started,
-            ahead: Some(ahead),
-            batch: Vec::new().into_iter(),
+            entries: Some(Ahead::new(lines).map_err(|_| Unreadable)?),
             next: None,
             layers,
         };
@@ -164,16 +149,10 @@ impl Known {
     }
 
     fn advance(&mut self) -> Result<Option<Entry>, Unreadable> {
-        if self.batch.len() == 0
-            && let Some(ahead) = &self.ahead
-        {
-            // The end comes as an empty batch; a thread that ends without a word has failed.
-            self.batch = ahead.recv().map_err(|_| Unreadable)??.into_iter();
-            if self.batch.len() == 0 {
-                self.ahead = None;
-            }
-        }
-        let next = self.batch.next();
+        let next = match &mut self.entries {
+            Some(entries) => entries.next().map_err(|_| Unreadable)?,
+            None => None,
+        };
         let known = |number: &u32| (*number as usize) < self.layers;
         if next
             .as_ref()
@@ -182,29 +161,5 @@ impl Known {
             return Err(Unreadable);
         }
         Ok(std::mem::replace(&mut self.next, next))
-    }
-}
-
-/// Reads an index to its end, for as long as somebody takes what it has.
-fn read_ahead(
-    mut lines: IndexReader<SpoolReader>,
-    sender: &SyncSender<Result<Vec<Entry>, Unreadable>>,
-) {
-    loop {
-        let mut batch = Vec::with_capacity(BATCH);
-        while batch.len() < BATCH {
-            match lines.entry() {
-                Ok(Some(entry)) => batch.push(entry),
-                Ok(None) => break,
-                Err(_) => {
-                    let _ = sender.send(Err(Unreadable));
-                    return;
-                }
-            }
-        }
-        let is_end = batch.is_empty();
-        if sender.send(Ok(batch)).is_err() || is_end {
-            return;
-        }
     }
 }

@@ -16,10 +16,11 @@ use nix::unistd::Uid;
 
 use crate::{
     archive::{
+        ahead::Ahead,
         entry::{Entry, Kind, display, weight},
         extents::{Extent, extents},
         index::{IndexReader, IndexWriter},
-        spool::{Spool, SpoolReader},
+        spool::Spool,
     },
     error::Error,
     local_index::{Known, Racy, Unreadable, file_clock, is_changed},
@@ -58,9 +59,10 @@ pub struct Changes {
 impl Changes {
     /// The log, from its start.
     pub fn log(&self) -> Result<Log, Unreadable> {
-        let lines = self.log.as_ref().map(|log| IndexReader::new(log.reader()));
-        let lines = lines.transpose().map_err(|_| Unreadable)?;
-        Ok(Log { lines })
+        let open = |log: &Spool| Ahead::new(IndexReader::new(log.reader())?);
+        let entries = self.log.as_ref().map(open);
+        let entries = entries.transpose().map_err(|_| Unreadable)?;
+        Ok(Log { entries })
     }
 
     /// The contents of the logged files, if they were captured: their extents point in there.
@@ -71,13 +73,13 @@ impl Changes {
 
 /// Entries in the order of the walk, with their stamps. What is gone is a deletion.
 pub struct Log {
-    lines: Option<IndexReader<SpoolReader>>,
+    entries: Option<Ahead>,
 }
 
 impl Log {
     pub fn next(&mut self) -> Result<Option<Entry>, Unreadable> {
-        match &mut self.lines {
-            Some(lines) => lines.entry().map_err(|_| Unreadable),
+        match &mut self.entries {
+            Some(entries) => entries.next().map_err(|_| Unreadable),
             None => Ok(None),
         }
     }
