@@ -203,15 +203,12 @@ fn pack(
 
 #[cfg(test)]
 mod tests {
-    use tokio::sync::mpsc;
-
     use super::*;
 
     #[test]
     fn every_frame_unpacks_alone_and_all_together_are_the_stream() {
         let effort = Effort { level: 3, jobs: 2 };
-        let (sender, mut receiver) = mpsc::channel(10);
-        let sink = PartWriter::new(sender, 64 << 20);
+        let (sink, mut receiver) = PartWriter::new(64 << 20);
         let mut writer = FrameWriter::new(sink, effort).expect("a compressor");
         let content: Vec<u8> = (0..=250).cycle().take(4 * RAW + 17).collect();
         for chunk in content.chunks(100_003) {

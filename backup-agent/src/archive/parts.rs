@@ -1,5 +1,5 @@
-//! Cuts the object's bytes into parts of one size and hands them to the upload, which may be slower: the channel is short,
-//! so memory stays bounded.
+//! Cuts the object's bytes into parts of one size and hands them to the upload, which may be slower: their buffers are
+//! counted, so memory stays bounded.
 
 use hyper::body::Bytes;
 use sha2::{Digest, Sha256};
@@ -11,6 +11,10 @@ use crate::store::Part;
 const SMALLEST: u64 = 5 << 20;
 /// S3 takes 10,000 parts of one object; the reserve is for what a tree may grow while it is read.
 const MOST: u64 = 9_000;
+
+/// Bytes in parts that are being filled or are on their way. Three of the smallest keep a distant store's line busy while
+/// the next one is filled.
+const IN_MEMORY: usize = 20 << 20;
 
 /// The upload stopped taking parts; it knows why.
 #[derive(Debug)]
@@ -27,7 +31,9 @@ pub fn part_size(estimate: u64) -> usize {
 pub struct PartWriter {
     sender: mpsc::Sender<Part>,
     part: Vec<u8>,
-    /// Buffers of parts that were sent come back, to be filled again: fresh memory has to be zeroed by the kernel first.
+    /// Buffers that were not made yet.
+    unmade: usize,
+    /// Buffers of parts that were sent come back, to be filled again.
     spare: std::sync::mpsc::Receiver<Vec<u8>>,
     returns: std::sync::mpsc::Sender<Vec<u8>>,
     part_size: usize,
@@ -57,17 +63,23 @@ impl Drop for Lent {
 }
 
 impl PartWriter {
-    pub fn new(sender: mpsc::Sender<Part>, part_size: usize) -> Self {
+    /// Both ends.
+    pub fn new(part_size: usize) -> (Self, mpsc::Receiver<Part>) {
         let (returns, spare) = std::sync::mpsc::channel();
-        Self {
+        // One to fill and one on its way at least.
+        let buffers = (IN_MEMORY / part_size).max(2);
+        let (sender, parts) = mpsc::channel(buffers);
+        let writer = Self {
             sender,
-            part: Vec::new(),
+            part: Vec::with_capacity(part_size),
+            unmade: buffers - 1,
             spare,
             returns,
             part_size,
             sum: Sha256::new(),
             written: 0,
-        }
+        };
+        (writer, parts)
     }
 
     /// Bytes of the object so far.
@@ -83,7 +95,7 @@ impl PartWriter {
             // A full part leaves only when another byte comes, because the last one has to say that it is.
             if self.part.len() == self.part_size {
                 self.send(false)?;
-                self.part = self.spare.try_recv().unwrap_or_default();
+                self.part = self.empty()?;
             }
             let (now, rest) = bytes.split_at(bytes.len().min(self.part_size - self.part.len()));
             self.part.extend_from_slice(now);
@@ -96,6 +108,18 @@ impl PartWriter {
     pub fn finish(mut self) -> Result<(u64, [u8; 32]), UploadStopped> {
         self.send(true)?;
         Ok((self.written, self.sum.finalize().into()))
+    }
+
+    /// A buffer; waits for one while all are on their way.
+    fn empty(&mut self) -> Result<Vec<u8>, UploadStopped> {
+        if let Ok(buffer) = self.spare.try_recv() {
+            return Ok(buffer);
+        }
+        if self.unmade > 0 {
+            self.unmade -= 1;
+            return Ok(Vec::with_capacity(self.part_size));
+        }
+        self.spare.recv().map_err(|_| UploadStopped)
     }
 
     fn send(&mut self, is_last: bool) -> Result<(), UploadStopped> {
@@ -122,8 +146,7 @@ mod tests {
             (11, vec![10, 1]),
             (30, vec![10, 10, 10]),
         ] {
-            let (sender, mut receiver) = mpsc::channel(10);
-            let mut writer = PartWriter::new(sender, 10);
+            let (mut writer, mut receiver) = PartWriter::new(10);
             for byte in 0..total {
                 writer.write(&[byte]).expect("the channel is open");
             }
@@ -139,6 +162,30 @@ mod tests {
             assert_eq!(last.iter().filter(|is_last| **is_last).count(), 1);
             assert_eq!(last.last(), Some(&true));
         }
+    }
+
+    #[test]
+    fn no_part_is_begun_while_all_buffers_are_on_their_way() {
+        let size = IN_MEMORY / 4;
+        let (mut writer, mut receiver) = PartWriter::new(size);
+        let filler = std::thread::spawn(move || {
+            for _ in 0..40 {
+                writer.write(&vec![1; size])?;
+            }
+            writer.finish()
+        });
+        let mut held = std::collections::VecDeque::new();
+        let mut buffers = std::collections::BTreeSet::new();
+        while let Some(part) = receiver.blocking_recv() {
+            buffers.insert(part.bytes.as_ptr());
+            held.push_back(part);
+            if held.len() == 4 {
+                held.pop_front();
+            }
+        }
+        let (written, _) = filler.join().expect("no panic").expect("nobody stopped it");
+        assert_eq!(written, 40 * size as u64);
+        assert_eq!(buffers.len(), 4);
     }
 
     #[test]

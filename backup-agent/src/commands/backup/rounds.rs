@@ -6,8 +6,6 @@
 
 use std::time::Duration;
 
-use tokio::sync::mpsc;
-
 use super::{
     Base,
     changes::{Capture, Changes, Stop, scan},
@@ -36,9 +34,6 @@ use crate::{
         identity::with_identity,
     },
 };
-
-/// Parts that wait between compression and upload. One, because each costs its size in memory.
-const WAITING_PARTS: usize = 1;
 
 /// Rounds that are read while the gateway works. Each is shorter than the one before unless the gateway writes faster than
 /// it can be read, and then more of them change nothing.
@@ -299,20 +294,19 @@ async fn write(
     let size = live(changes, taken).saturating_add(changes.bytes);
     let (layer_id, _) = id::new().map_err(Error::local("read", "random bytes"))?;
     let key = record::layer_key(&layer_id);
-    let (sender, receiver) = mpsc::channel(WAITING_PARTS);
+    let (sink, parts) = PartWriter::new(part_size(size));
     let inputs = Inputs {
         root: config.root.clone(),
         known: known.open()?,
         log: changes.log()?,
         captured: changes.captured().cloned(),
     };
-    let sink = PartWriter::new(sender, part_size(size));
     let layer = LayerWriter::new(&layer_id, sink, state.nameless()?, config.effort)?;
     let index = LocalIndex::new(state.index_under_way()?, snapshot, changes.started)?;
     let pass = Pass::new(inputs, Words::new(taken), layer, index);
     progress::begin("backing up", size);
     let read = with_identity(config.identity, "reader", move || pass.run());
-    let (uploaded, read) = tokio::join!(store.upload(&key, receiver), read);
+    let (uploaded, read) = tokio::join!(store.upload(&key, parts), read);
     let (layer, mut totals, unread) = match (uploaded, read?) {
         (_, Err(Halt::Failed(error))) => return Err(error),
         (Err(error), _) => return Err(Error::store("write", key)(error)),

@@ -13,10 +13,6 @@ use super::{
 };
 use crate::store::{Part, StoreError};
 
-/// Bytes of one upload that are on their way at once, in one part at least. Two parts keep the line busy while the next
-/// one is compressed; those of huge trees are larger and keep it busy alone.
-const IN_FLIGHT: usize = 12 << 20;
-
 /// Multipart uploads begun and neither completed nor aborted: object and upload id.
 #[derive(Default)]
 pub struct Multipart {
@@ -24,7 +20,7 @@ pub struct Multipart {
 }
 
 impl Multipart {
-    /// Uploads an object of several parts, of which this is the first.
+    /// Uploads an object of several parts, of which this is the first: as many at once as their sender has memory for.
     pub async fn upload(
         &self,
         remote: &Arc<Remote>,
@@ -38,7 +34,6 @@ impl Multipart {
         }
         let mut tags: Vec<Option<String>> = Vec::new();
         let mut flying: JoinSet<Result<(usize, String), StoreError>> = JoinSet::new();
-        let at_once = (IN_FLIGHT / first.bytes.len().max(1)).max(1);
         let mut next = Some(first);
         while let Some(part) = next.take() {
             let number = tags.len();
@@ -48,16 +43,17 @@ impl Multipart {
                 let tag = put_part(&remote, &object, &id, number, part.bytes).await?;
                 Ok((number, tag))
             });
-            // At the end all must land; before it, one place must be free.
-            while flying.len() >= if part.is_last { 1 } else { at_once } {
-                let landed = flying.join_next().await;
-                let (number, tag) = landed
-                    .ok_or(StoreError::Protocol("a part was lost"))?
-                    .map_err(|_| StoreError::Protocol("a part ended without a result"))??;
-                tags[number] = Some(tag);
-            }
             if !part.is_last {
                 next = Some(parts.recv().await.ok_or(StoreError::Abandoned)?);
+            }
+            // At the end all must land; before it, none may have failed.
+            while let Some(landed) = match next {
+                Some(_) => flying.try_join_next(),
+                None => flying.join_next().await,
+            } {
+                let (number, tag) =
+                    landed.map_err(|_| StoreError::Protocol("a part ended without a result"))??;
+                tags[number] = Some(tag);
             }
         }
         let tags: Vec<String> = tags.into_iter().flatten().collect();
