@@ -37,11 +37,13 @@ pub fn set_level(level: Level) {
     LEVEL.store(level as u8, Ordering::Relaxed);
 }
 
+/// Whether lines of this level are written.
+pub fn is_on(level: Level) -> bool {
+    level as u8 <= LEVEL.load(Ordering::Relaxed)
+}
+
 /// Writes one line. Use it through `log!`.
 pub fn write(level: Level, message: &'static str, fields: &[(&'static str, Value)]) {
-    if level as u8 > LEVEL.load(Ordering::Relaxed) {
-        return;
-    }
     let line = line(SystemTime::now(), level, message, fields);
     // One write per line, so that lines of other processes on the same pipe do not end up inside ours.
     stderr::write(line.as_bytes());
@@ -68,14 +70,16 @@ fn line(
     line
 }
 
-/// `log!(Warn, "child exited", pid = 42)`
+/// `log!(Warn, "child exited", pid = 42)`; the fields are made only where the line is written.
 macro_rules! log {
     ($level:ident, $message:literal $(, $name:ident = $value:expr)* $(,)?) => {
-        $crate::log::write(
-            $crate::log::Level::$level,
-            $message,
-            &[$((stringify!($name), serde_json::Value::from($value))),*],
-        )
+        if $crate::log::is_on($crate::log::Level::$level) {
+            $crate::log::write(
+                $crate::log::Level::$level,
+                $message,
+                &[$((stringify!($name), serde_json::Value::from($value))),*],
+            );
+        }
     };
 }
 pub(crate) use log;

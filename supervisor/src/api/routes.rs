@@ -74,7 +74,7 @@ pub async fn handle(context: Arc<Context>, request: Request<Incoming>, stage: St
         Err(problem) => problem.answer(),
     };
     let status = answer.status().as_u16();
-    let duration_ms = begun.elapsed().as_secs_f64() * 1000.0;
+    let duration_ms = || begun.elapsed().as_secs_f64() * 1000.0;
     // Whoever watches asks for the status every few seconds.
     if method == "GET" {
         log!(
@@ -83,7 +83,7 @@ pub async fn handle(context: Arc<Context>, request: Request<Incoming>, stage: St
             method = method,
             route = pattern,
             status = status,
-            duration_ms = duration_ms
+            duration_ms = duration_ms()
         );
     } else {
         log!(
@@ -92,7 +92,7 @@ pub async fn handle(context: Arc<Context>, request: Request<Incoming>, stage: St
             method = method,
             route = pattern,
             status = status,
-            duration_ms = duration_ms
+            duration_ms = duration_ms()
         );
     }
     answer

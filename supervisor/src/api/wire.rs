@@ -55,8 +55,8 @@ fn bare(bytes: &[u8]) -> Option<StatusCode> {
     const TYPE: &[u8] = b"content-type:";
     let status = bytes.strip_prefix(b"HTTP/1.1 ")?.get(..3)?;
     let status = StatusCode::from_bytes(status).ok()?;
-    let is_ours = bytes.windows(TYPE.len()).any(|part| part == TYPE);
-    (status.as_u16() >= 400 && !is_ours).then_some(status)
+    let is_ours = || bytes.windows(TYPE.len()).any(|part| part == TYPE);
+    (status.as_u16() >= 400 && !is_ours()).then_some(status)
 }
 
 fn enveloped(status: StatusCode) -> String {
