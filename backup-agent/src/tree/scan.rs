@@ -3,13 +3,13 @@
 
 use std::{
     collections::HashMap,
-    ffi::{CStr, CString},
+    ffi::CStr,
+    mem::MaybeUninit,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::Path,
 };
 
 use nix::{
-    dir::Dir,
     errno::Errno,
     fcntl::{AtFlags, OFlag, open, openat, readlinkat},
     sys::{
@@ -17,6 +17,8 @@ use nix::{
         stat::{FileStat, Mode, SFlag, fstat, fstatat},
     },
 };
+
+use rustix::fs::RawDir;
 
 use super::{exclude::Excludes, read};
 use crate::{
@@ -86,10 +88,11 @@ pub fn walk<E: From<Error>>(
     let mut levels = vec![Level { fd, names, path: 0 }];
     while let Some(level) = levels.last_mut() {
         path.truncate(level.path);
-        let Some(name) = level.names.pop() else {
+        let Some(start) = level.names.starts.pop() else {
             levels.pop();
             continue;
         };
+        let name = name_at(&level.names.bytes, start);
         if !path.is_empty() {
             path.push(b'/');
         }
@@ -101,7 +104,8 @@ pub fn walk<E: From<Error>>(
             );
             continue;
         }
-        let outcome = one(level, &name, &path, excludes, &mut links, &mut visit)?;
+        let parent = level.fd.as_fd();
+        let outcome = one(parent, name, &path, excludes, &mut links, &mut visit)?;
         match outcome {
             Outcome::Done => {}
             Outcome::Skipped(reason) => skipped(&path, reason),
@@ -162,14 +166,13 @@ enum Outcome {
 }
 
 fn one<E: From<Error>>(
-    level: &Level,
+    parent: BorrowedFd<'_>,
     name: &CStr,
     path: &[u8],
     excludes: &Excludes,
     links: &mut Links,
     visit: &mut impl FnMut(Found<'_>) -> Result<Verdict, E>,
 ) -> Result<Outcome, E> {
-    let parent = level.fd.as_fd();
     let status = match fstatat(parent, name, AtFlags::AT_SYMLINK_NOFOLLOW) {
         Ok(status) => status,
         // It went away between the listing and now.
@@ -245,30 +248,28 @@ struct Names {
     starts: Vec<usize>,
 }
 
-impl Names {
-    fn pop(&mut self) -> Option<CString> {
-        let start = self.starts.pop()?;
-        Some(name_at(&self.bytes, start).to_owned())
-    }
-}
-
 /// The name that begins there; each ends in a NUL.
 fn name_at(bytes: &[u8], start: usize) -> &CStr {
     CStr::from_bytes_until_nul(&bytes[start..]).expect("every name was stored with its NUL")
 }
 
+/// Bytes of names that the kernel is asked for at once.
+const LISTED: usize = 16 << 10;
+
 fn sorted_names(fd: &OwnedFd) -> Result<Names, Errno> {
-    let copy = fd.try_clone().map_err(|_| Errno::EMFILE)?;
+    let mut buffer = [MaybeUninit::uninit(); LISTED];
+    let mut listed = RawDir::new(fd, &mut buffer);
     let (mut bytes, mut starts) = (Vec::new(), Vec::new());
-    for entry in Dir::from_fd(copy)?.iter() {
-        let entry = entry?;
+    while let Some(entry) = listed.next() {
+        let entry = entry.map_err(|error| Errno::from_raw(error.raw_os_error()))?;
         let name = entry.file_name();
         if !matches!(name.to_bytes(), b"." | b"..") {
             starts.push(bytes.len());
             bytes.extend_from_slice(name.to_bytes_with_nul());
         }
     }
-    starts.sort_unstable_by(|&a, &b| name_at(&bytes, b).cmp(name_at(&bytes, a)));
+    // Of two names, each ends in a byte that is lower than any of the other's.
+    starts.sort_unstable_by(|&a, &b| bytes[b..].cmp(&bytes[a..]));
     Ok(Names { bytes, starts })
 }
 
