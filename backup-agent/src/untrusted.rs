@@ -19,6 +19,7 @@ use crate::{
         frames::{Frame, LARGEST},
         index::IndexReader,
         layer_index::LayerIndex,
+        line::Scope,
         merge::{Merge, Source},
         reader::unpack_all,
     },
@@ -81,7 +82,7 @@ pub fn index(bytes: &[u8]) {
         if let Ok(mut source) = Source::new(&index) {
             while let Ok(Some(entry)) = source.take() {
                 let mut line = Vec::new();
-                entry.append_line(&mut line);
+                entry.append_line(Scope::Local, &mut line);
                 assert_eq!(Entry::from_line(&line).as_ref(), Ok(&entry));
                 assert!(!entry.display().chars().any(char::is_control));
                 let _ = entry.weight();

@@ -4,8 +4,9 @@
 use std::{cmp::Ordering, collections::BTreeMap};
 
 use serde::{Deserialize, Serialize};
+use smallvec::SmallVec;
 
-use super::extents::Extent;
+use super::extents::{Extent, Extents};
 use crate::{error::Error, snapshot::id::hex};
 
 /// Longest path (`PATH_MAX`): no program can open a longer one by its name. Each line of an index has a whole path, so
@@ -46,16 +47,19 @@ pub struct Entry {
     /// Target of a symbolic link as it is written there, or path of the file that a hard link is a name of.
     pub link: Option<Vec<u8>>,
     /// Of a file's data extents in order.
-    pub sha256: Option<String>,
-    pub extents: Vec<Extent>,
+    pub sha256: Option<[u8; 32]>,
+    pub extents: Extents,
     /// The `user.*` attributes.
     pub xattrs: BTreeMap<String, Vec<u8>>,
     /// Only in the local index: what tells a changed file from an unchanged one. Without it the entry counts as changed.
     pub stamp: Option<Stamp>,
     /// Only in the local index: the layers that have a word on this path, oldest first, by their numbers in the snapshot's
     /// list. The last one's word is this entry.
-    pub layers: Vec<u32>,
+    pub layers: Numbers,
 }
+
+/// Numbers of layers. Few paths have a word in more, so most take no memory of their own.
+pub type Numbers = SmallVec<[u32; 4]>;
 
 /// The part of a file's status that changes with it and cannot be set by its owner.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -101,10 +105,10 @@ impl Entry {
             size: 0,
             link: None,
             sha256: None,
-            extents: Vec::new(),
+            extents: Extents::new(),
             xattrs: BTreeMap::new(),
             stamp: None,
-            layers: Vec::new(),
+            layers: Numbers::new(),
         }
     }
 

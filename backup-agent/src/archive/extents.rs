@@ -1,6 +1,7 @@
 //! Where a file's bytes are: runs of data in the raw tar streams of layers, and holes between them, in the file's order.
 
 use serde::{Deserialize, Serialize};
+use smallvec::SmallVec;
 
 /// A run of a file's bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -42,10 +43,16 @@ impl From<Extent> for (Option<u32>, u64, u64) {
     }
 }
 
+/// All of a file's. Most files are one run, which takes no memory of its own.
+pub type Extents = SmallVec<[Extent; 1]>;
+
+/// Runs of data in a file: offset and length of each, ascending.
+pub type Runs = SmallVec<[(u64, u64); 1]>;
+
 /// Where a file's bytes are: its runs of data (offset and length, ascending) one after the other from `start` on, holes
 /// between them.
-pub fn extents(runs: &[(u64, u64)], size: u64, start: u64) -> Vec<Extent> {
-    let mut extents = Vec::with_capacity(runs.len());
+pub fn extents(runs: &[(u64, u64)], size: u64, start: u64) -> Extents {
+    let mut extents = Extents::with_capacity(runs.len());
     let (mut at, mut stored) = (0, start);
     for &(offset, length) in runs {
         if offset > at {
@@ -70,9 +77,9 @@ pub fn extents(runs: &[(u64, u64)], size: u64, start: u64) -> Vec<Extent> {
 }
 
 /// The runs of data that extents stand for, as offset in the file and length.
-pub fn runs(extents: &[Extent]) -> Vec<(u64, u64)> {
+pub fn runs(extents: &[Extent]) -> Runs {
     let mut offset = 0;
-    let mut runs = Vec::new();
+    let mut runs = Runs::new();
     for extent in extents {
         let (Extent::Data { length, .. } | Extent::Hole { length }) = *extent;
         if matches!(extent, Extent::Data { .. }) {
@@ -106,8 +113,8 @@ mod tests {
                 vec![hole(4), data(512, 2), hole(2), data(514, 1), hole(3)],
             ),
         ] {
-            assert_eq!(extents(all, size, 512), want);
-            assert_eq!(runs(&want), all);
+            assert_eq!(extents(all, size, 512)[..], want);
+            assert_eq!(runs(&want)[..], *all);
         }
     }
 }

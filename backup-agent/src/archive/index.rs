@@ -11,13 +11,15 @@ use std::{
 use serde::{Deserialize, Serialize};
 use zstd::zstd_safe::CParameter;
 
-use super::{entry::Entry, frames::Frame};
+use super::{entry::Entry, frames::Frame, line::Scope};
 
 /// A path has at most 4,096 bytes where the kernel is asked in one go, and 64 KiB of attributes; a file of many holes has
 /// the longest lines. Anything longer is an attack on memory.
 const LONGEST_LINE: u64 = 16 << 20;
-/// Compression of indexes: they are small beside the data.
+/// Compression of a layer's index: it is small beside the data.
 const LEVEL: i32 = 3;
+/// Compression of what stays on this disk.
+const LOCAL_LEVEL: i32 = 1;
 /// As a power of two, the bytes that a reader has to hold for each index. Many are read at once, so it is a small one.
 const WINDOW: u32 = 18;
 /// The window that a reader holds at most; without a bound, whoever wrote an index could ask for 128 MiB. More than writers
@@ -37,6 +39,7 @@ pub struct LayerHeader {
 pub struct IndexWriter {
     /// Whole lines, until there are enough of them to hand over.
     lines: Vec<u8>,
+    scope: Scope,
     full: SyncSender<Vec<u8>>,
     /// Buffers come back here to be filled again.
     spare: Receiver<Vec<u8>>,
@@ -47,8 +50,12 @@ pub struct IndexWriter {
 const BATCH: usize = 64 << 10;
 
 impl IndexWriter {
-    pub fn new(file: File) -> io::Result<Self> {
-        let mut encoder = zstd::Encoder::new(BufWriter::new(file), LEVEL)?;
+    pub fn new(file: File, scope: Scope) -> io::Result<Self> {
+        let level = match scope {
+            Scope::Layer => LEVEL,
+            Scope::Local => LOCAL_LEVEL,
+        };
+        let mut encoder = zstd::Encoder::new(BufWriter::new(file), level)?;
         encoder.set_parameter(CParameter::WindowLog(WINDOW))?;
         encoder.set_parameter(CParameter::ChecksumFlag(true))?;
         let (full, batches) = sync_channel(1);
@@ -58,6 +65,7 @@ impl IndexWriter {
             .spawn(move || compress(encoder, &batches, &returns))?;
         Ok(Self {
             lines: Vec::new(),
+            scope,
             full,
             spare,
             compressor,
@@ -66,7 +74,7 @@ impl IndexWriter {
 
     /// Appends one entry.
     pub fn entry(&mut self, entry: &Entry) -> io::Result<()> {
-        entry.append_line(&mut self.lines);
+        entry.append_line(self.scope, &mut self.lines);
         self.end_line()
     }
 

@@ -4,16 +4,21 @@
 use std::{
     borrow::Cow,
     collections::BTreeMap,
+    fmt,
     io::{self, Write},
 };
 
 use base64::{Engine, prelude::BASE64_STANDARD};
-use serde::{Deserialize, Serialize};
+use serde::{
+    Deserialize, Deserializer, Serialize, Serializer,
+    de::{Unexpected, Visitor},
+};
 
 use super::{
-    entry::{Entry, Kind, LONGEST_NAME, LONGEST_PATH, ROOT, Stamp, display},
-    extents::Extent,
+    entry::{Entry, Kind, LONGEST_NAME, LONGEST_PATH, Numbers, ROOT, Stamp, display},
+    extents::Extents,
 };
+use crate::snapshot::id::{hex, unhex};
 
 /// An entry as JSON. Names that are not UTF-8 go, in base64, under keys of their own.
 #[derive(Serialize, Deserialize)]
@@ -39,15 +44,45 @@ struct Line<'a> {
     #[serde(skip_serializing_if = "Option::is_none", default)]
     link64: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none", default)]
-    sha256: Option<Cow<'a, str>>,
+    sha256: Option<Sum>,
     #[serde(skip_serializing_if = "<[_]>::is_empty", default)]
-    extents: Cow<'a, [Extent]>,
+    extents: Cow<'a, Extents>,
     #[serde(skip_serializing_if = "BTreeMap::is_empty", default)]
     xattrs: BTreeMap<String, String>,
     #[serde(skip_serializing_if = "Option::is_none", default)]
     stamp: Option<Stamp>,
     #[serde(skip_serializing_if = "<[_]>::is_empty", default)]
-    layers: Cow<'a, [u32]>,
+    layers: Cow<'a, Numbers>,
+}
+
+/// A sha256 as 64 digits in lower case.
+struct Sum([u8; 32]);
+
+impl Serialize for Sum {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(&hex(&self.0))
+    }
+}
+
+impl<'de> Deserialize<'de> for Sum {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Digits;
+
+        impl Visitor<'_> for Digits {
+            type Value = Sum;
+
+            fn expecting(&self, to: &mut fmt::Formatter<'_>) -> fmt::Result {
+                to.write_str("64 hexadecimal digits in lower case")
+            }
+
+            fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<Sum, E> {
+                let sum = unhex(text).map(Sum);
+                sum.ok_or_else(|| E::invalid_value(Unexpected::Str(text), &self))
+            }
+        }
+
+        deserializer.deserialize_str(Digits)
+    }
 }
 
 #[expect(
@@ -58,9 +93,18 @@ fn is_zero(size: &u64) -> bool {
     *size == 0
 }
 
+/// Which index a line is for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Scope {
+    /// A layer's: what is about one disk and one snapshot has no meaning there, and is left out.
+    Layer,
+    /// One of this disk.
+    Local,
+}
+
 impl Entry {
     /// Appends the line for an index, without its newline.
-    pub fn append_line(&self, to: &mut Vec<u8>) {
+    pub fn append_line(&self, scope: Scope, to: &mut Vec<u8>) {
         let path: &[u8] = if self.path.is_empty() {
             ROOT.as_bytes()
         } else {
@@ -80,15 +124,18 @@ impl Entry {
             size: self.size,
             link,
             link64,
-            sha256: self.sha256.as_deref().map(Cow::Borrowed),
+            sha256: self.sha256.map(Sum),
             extents: Cow::Borrowed(&self.extents),
             xattrs: self
                 .xattrs
                 .iter()
                 .map(|(name, value)| (name.clone(), BASE64_STANDARD.encode(value)))
                 .collect(),
-            stamp: self.stamp,
-            layers: Cow::Borrowed(&self.layers),
+            stamp: self.stamp.filter(|_| scope == Scope::Local),
+            layers: match scope {
+                Scope::Layer => Cow::default(),
+                Scope::Local => Cow::Borrowed(&self.layers),
+            },
         };
         serde_json::to_writer(Pieces(to), &json).expect(
             "an entry has string keys and no failing serializer, and a buffer takes it all",
@@ -138,7 +185,7 @@ impl Entry {
             mtime,
             size: line.size,
             link: target,
-            sha256: line.sha256.map(Cow::into_owned),
+            sha256: line.sha256.map(|sum| sum.0),
             extents: line.extents.into_owned(),
             xattrs: xattrs.collect::<Result<_, _>>()?,
             stamp: line.stamp,
@@ -198,11 +245,14 @@ fn decode(text: Option<Cow<'_, str>>, base64: Option<String>) -> Result<Option<V
 
 #[cfg(test)]
 mod tests {
+    use smallvec::smallvec;
+
     use super::*;
+    use crate::archive::extents::Extent;
 
     fn line(entry: &Entry) -> Vec<u8> {
         let mut line = Vec::new();
-        entry.append_line(&mut line);
+        entry.append_line(Scope::Local, &mut line);
         line
     }
 
@@ -216,8 +266,8 @@ mod tests {
             mtime: 1_700_000_000_123_456_789,
             size: 12,
             link: None,
-            sha256: Some("ab".repeat(32)),
-            extents: vec![
+            sha256: Some([0xab; 32]),
+            extents: smallvec![
                 Extent::Data {
                     layer: 0,
                     offset: 512,
@@ -227,7 +277,7 @@ mod tests {
             ],
             xattrs: BTreeMap::from([("user.a".to_owned(), vec![0, 255])]),
             stamp: None,
-            layers: vec![],
+            layers: Numbers::new(),
         }
     }
 
@@ -257,6 +307,22 @@ mod tests {
         );
         let bare = Entry::from_line(br#"{"path":"there","type":"dir","mode":448}"#);
         assert!(bare.is_err(), "{bare:?}");
+    }
+
+    #[test]
+    fn a_sum_has_64_digits_in_lower_case() {
+        let good = String::from_utf8(line(&entry(b"file"))).expect("it is JSON");
+        let sum = "ab".repeat(32);
+        for bad in [
+            "",
+            "ab",
+            &sum[1..],
+            &sum.to_uppercase(),
+            &format!("{sum}ab"),
+        ] {
+            let read = Entry::from_line(good.replace(&sum, bad).as_bytes());
+            assert!(read.is_err(), "{bad} reads as {read:?}");
+        }
     }
 
     #[test]

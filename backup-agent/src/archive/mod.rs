@@ -9,7 +9,7 @@ pub mod footer;
 pub mod frames;
 pub mod index;
 pub mod layer_index;
-mod line;
+pub mod line;
 pub mod merge;
 pub mod parts;
 pub mod reader;

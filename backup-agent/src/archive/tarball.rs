@@ -1,6 +1,8 @@
 //! Tar headers in the pax format, as GNU tar and bsdtar read them (POSIX.1-2017 pax, "pax Extended Header"; the GNU tar
 //! manual, "Storing Sparse Files", for format 1.0; star(1) for `SCHILY.xattr`).
 
+use std::sync::LazyLock;
+
 use tar::{EntryType, Header};
 
 use super::entry::{Entry, Kind};
@@ -104,16 +106,7 @@ pub fn header(entry: &Entry, segments: Option<&[(u64, u64)]>) -> Vec<u8> {
 
     let mut blocks = Vec::new();
     if !pax.is_empty() {
-        let mut extended = Header::new_ustar();
-        extended.set_entry_type(EntryType::XHeader);
-        let fields = extended
-            .as_ustar_mut()
-            .expect("the header was made as a ustar header");
-        fill(&mut fields.name, b"PaxHeaders/entry");
-        extended.set_mode(0o644);
-        extended.set_uid(0);
-        extended.set_gid(0);
-        extended.set_mtime(0);
+        let mut extended = EXTENDED.clone();
         extended.set_size(pax.len() as u64);
         extended.set_cksum();
         blocks.extend_from_slice(extended.as_bytes());
@@ -124,6 +117,21 @@ pub fn header(entry: &Entry, segments: Option<&[(u64, u64)]>) -> Vec<u8> {
     blocks.extend_from_slice(&map);
     blocks
 }
+
+/// The header of an extended header, without its size: nearly every entry has one.
+static EXTENDED: LazyLock<Header> = LazyLock::new(|| {
+    let mut extended = Header::new_ustar();
+    extended.set_entry_type(EntryType::XHeader);
+    let fields = extended
+        .as_ustar_mut()
+        .expect("the header was made as a ustar header");
+    fill(&mut fields.name, b"PaxHeaders/entry");
+    extended.set_mode(0o644);
+    extended.set_uid(0);
+    extended.set_gid(0);
+    extended.set_mtime(0);
+    extended
+});
 
 /// Puts as much of the text into a field as it takes; whether that is all of it.
 fn fill(field: &mut [u8], text: &[u8]) -> bool {
@@ -136,12 +144,17 @@ fn fill(field: &mut [u8], text: &[u8]) -> bool {
 fn record(pax: &mut Vec<u8>, key: &str, value: &[u8]) {
     let rest = key.len() + value.len() + 3;
     let mut length = rest + 1;
-    while rest + length.to_string().len() != length {
+    while rest + digits(length) != length {
         length += 1;
     }
     pax.extend_from_slice(format!("{length} {key}=").as_bytes());
     pax.extend_from_slice(value);
     pax.push(b'\n');
+}
+
+/// How many a number has, above 0.
+fn digits(number: usize) -> usize {
+    number.ilog10() as usize + 1
 }
 
 /// Seconds with nine decimals; before 1970 the whole number is negative, not its parts.

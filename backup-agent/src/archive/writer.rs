@@ -14,6 +14,7 @@ use super::{
     footer::{self, Footer},
     frames::{Effort, FrameWriter},
     index::{IndexWriter, LayerHeader, compress_header},
+    line::Scope,
     parts::{PartWriter, UploadStopped},
     tarball::{self, TRAILER, padding},
 };
@@ -70,7 +71,7 @@ impl LayerWriter {
             id: id.to_owned(),
             frames: FrameWriter::new(sink, effort)
                 .map_err(Error::local("start", "the compression"))?,
-            lines: IndexWriter::new(spool).map_err(Error::local("set up", "zstd"))?,
+            lines: IndexWriter::new(spool, Scope::Layer).map_err(Error::local("set up", "zstd"))?,
             gone: None,
         })
     }
@@ -98,7 +99,7 @@ impl LayerWriter {
             },
         )?;
         self.frames.write(padding(self.frames.position() - start))?;
-        entry.sha256 = Some(hex(&sum.finalize()));
+        entry.sha256 = Some(sum.finalize().into());
         entry.extents = extents(runs, entry.size, start);
         self.index(entry)
     }
@@ -185,13 +186,7 @@ impl LayerWriter {
     }
 
     fn index(&mut self, entry: &Entry) -> Result<(), Halt> {
-        // What is about this disk and this snapshot has no meaning in a layer.
-        let line = Entry {
-            stamp: None,
-            layers: Vec::new(),
-            ..entry.clone()
-        };
-        let written = self.lines.entry(&line);
+        let written = self.lines.entry(entry);
         Ok(written.map_err(Error::local(
             "write",
             "the index under way in RUNTIME_STATE",

@@ -18,6 +18,7 @@ use crate::{
         ahead::Ahead,
         entry::{self, Entry},
         index::{IndexReader, IndexWriter},
+        line::Scope,
         spool::Spool,
     },
     error::Error,
@@ -54,7 +55,7 @@ impl LocalIndex {
         };
         let line = serde_json::to_vec(&header)
             .expect("a header has string keys and no failing serializer");
-        IndexWriter::new(file)
+        IndexWriter::new(file, Scope::Local)
             .and_then(|mut index| {
                 index.line(&line)?;
                 Ok(Self(index))

@@ -49,6 +49,24 @@ pub fn hex(bytes: &[u8]) -> String {
         .collect()
 }
 
+/// Bytes from their hexadecimal, in lower case and of just that length.
+pub fn unhex<const N: usize>(text: &str) -> Option<[u8; N]> {
+    let digit = |digit: u8| match digit {
+        b'0'..=b'9' => Some(digit - b'0'),
+        b'a'..=b'f' => Some(digit - b'a' + 10),
+        _ => None,
+    };
+    let (pairs, rest) = text.as_bytes().as_chunks();
+    if pairs.len() != N || !rest.is_empty() {
+        return None;
+    }
+    let mut bytes = [0; N];
+    for (byte, [high, low]) in bytes.iter_mut().zip(pairs) {
+        *byte = digit(*high)? << 4 | digit(*low)?;
+    }
+    Some(bytes)
+}
+
 /// Whether the text has the form of an id. Ids become keys and file names, so nothing else may pass.
 pub fn is_valid(text: &str) -> bool {
     let Some((time, suffix)) = text.split_once('-') else {
@@ -82,6 +100,24 @@ mod tests {
         }
         let whole = "2026-01-02T03:04:05Z";
         assert_eq!(super::time(whole), whole.parse().ok());
+    }
+
+    #[test]
+    fn bytes_come_back_from_their_hexadecimal_and_from_nothing_else() {
+        let bytes = [0, 1, 0x7f, 0xa9, 0xff];
+        assert_eq!(hex(&bytes), "00017fa9ff");
+        assert_eq!(unhex("00017fa9ff"), Some(bytes));
+        for bad in [
+            "",
+            "00017fa9f",
+            "00017fa9ff0",
+            "00017fa9ff00",
+            "00017FA9FF",
+            "00017fa9g0",
+            "+0017fa9ff",
+        ] {
+            assert_eq!(unhex::<5>(bad), None, "{bad}");
+        }
     }
 
     #[test]

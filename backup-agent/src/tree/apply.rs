@@ -138,10 +138,10 @@ impl Applier {
             file.set_len(entry.size)
                 .map_err(Error::local("write", path()))?;
         }
-        let got = hex(&sum.finalize());
-        if entry.sha256.as_ref() != Some(&got) {
-            let want = entry.sha256.as_deref().unwrap_or("none");
-            let reason = format!("expected sha256 {want}, got {got}");
+        let got = sum.finalize().into();
+        if entry.sha256 != Some(got) {
+            let want = entry.sha256.map_or("none".to_owned(), |sum| hex(&sum));
+            let reason = format!("expected sha256 {want}, got {}", hex(&got));
             return Err(entry.damaged(&self.source, &reason).into());
         }
         self.files += 1;

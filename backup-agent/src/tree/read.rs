@@ -10,9 +10,9 @@ use nix::{
 };
 use sha2::{Digest, Sha256};
 
-use crate::{
-    archive::{entry::Entry, extents},
-    snapshot::id::hex,
+use crate::archive::{
+    entry::Entry,
+    extents::{self, Runs},
 };
 
 /// Bytes that are read at once. More would be memory that the allocator gets from the kernel, and zeroed, for every file.
@@ -27,8 +27,7 @@ const MOST_RUNS: usize = 16_384;
 /// The bytes of a regular file: runs of data, with holes between them.
 pub struct Data {
     file: File,
-    /// Offset in the regular file and length of each, ascending.
-    runs: Vec<(u64, u64)>,
+    runs: Runs,
     /// Where in `file` they are one after the other; `None`: each is at its own offset.
     packed_at: Option<u64>,
 }
@@ -84,7 +83,7 @@ impl Content {
 
 impl Data {
     /// Data that were put into `file` one run after the other from `start` on.
-    pub fn packed(file: File, runs: Vec<(u64, u64)>, start: u64) -> Self {
+    pub fn packed(file: File, runs: Runs, start: u64) -> Self {
         Self {
             file,
             runs,
@@ -144,16 +143,14 @@ pub fn size(status: &FileStat) -> u64 {
     u64::try_from(status.st_size).unwrap_or(0)
 }
 
-fn find_runs(file: &File, status: &FileStat) -> Result<Vec<(u64, u64)>, Errno> {
+fn find_runs(file: &File, status: &FileStat) -> Result<Runs, Errno> {
     let size = size(status);
     let allocated = u64::try_from(status.st_blocks).unwrap_or(0) * 512;
-    let whole = || {
-        if size == 0 { vec![] } else { vec![(0, size)] }
-    };
+    let whole = || (size > 0).then_some((0, size)).into_iter().collect();
     if allocated >= size {
         return Ok(whole());
     }
-    let mut found = Vec::new();
+    let mut found = Runs::new();
     let mut at = 0;
     while at < size {
         let seek = |from: u64, whence| {
@@ -200,7 +197,7 @@ pub fn is_equal(content: &Content, known: &Entry) -> bool {
         sum.update(bytes);
         Ok(())
     });
-    all.is_ok() && known.sha256 == Some(hex(&sum.finalize()))
+    all.is_ok() && known.sha256 == Some(sum.finalize().into())
 }
 
 /// The `user.*` attributes of an open file or directory. Others belong to the system, and setting them takes rights that
@@ -245,13 +242,15 @@ pub fn xattrs(file: impl AsFd) -> io::Result<BTreeMap<String, Vec<u8>>> {
 
 #[cfg(test)]
 mod tests {
+    use smallvec::smallvec;
+
     use super::*;
 
     /// What was five bytes long when it was opened.
     fn five_bytes(file: File) -> Data {
         Data {
             file,
-            runs: vec![(0, 5)],
+            runs: smallvec![(0, 5)],
             packed_at: None,
         }
     }

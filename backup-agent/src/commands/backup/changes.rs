@@ -18,8 +18,9 @@ use crate::{
     archive::{
         ahead::Ahead,
         entry::{Entry, Kind, display, weight},
-        extents::{Extent, extents},
+        extents::{Extents, extents},
         index::{IndexReader, IndexWriter},
+        line::Scope,
         spool::Spool,
     },
     error::Error,
@@ -308,7 +309,7 @@ impl Scan {
     fn append(&mut self, entry: &Entry) -> Result<(), Error> {
         let failed = || Error::local("write", LOG);
         if let Some(file) = self.log_file.take() {
-            self.log = Some(IndexWriter::new(file).map_err(failed())?);
+            self.log = Some(IndexWriter::new(file, Scope::Local).map_err(failed())?);
         }
         self.log
             .as_mut()
@@ -339,7 +340,7 @@ impl Scan {
 
 impl Capture {
     /// Copies a file's data behind those that are there; gives their extents.
-    fn take(&mut self, entry: &Entry, content: &Content, at: u64) -> Result<Vec<Extent>, Stop> {
+    fn take(&mut self, entry: &Entry, content: &Content, at: u64) -> Result<Extents, Stop> {
         let Self { file, until, .. } = self;
         content.data().read(
             |source| Stop::Failed(Error::local("read", entry.display())(source)),

@@ -5,7 +5,7 @@ use std::{collections::HashMap, fs::File, path::PathBuf};
 use super::changes::{Log, Skipped};
 use crate::{
     archive::{
-        entry::{Entry, Kind},
+        entry::{Entry, Kind, Numbers},
         extents::{Extent, runs},
         spool::Spool,
         writer::{Halt, LayerWriter},
@@ -41,7 +41,7 @@ impl Words {
     }
 
     /// The layers that go on having a word on it.
-    fn left(&self, entry: &Entry) -> Vec<u32> {
+    fn left(&self, entry: &Entry) -> Numbers {
         let number = |old: &u32| self.numbers.get(*old as usize).copied().flatten();
         entry.layers.iter().filter_map(number).collect()
     }
@@ -100,7 +100,7 @@ impl Pass {
                 self.pass_on(known, &mut tree)?;
             }
             let known = self.inputs.known.at(&change.path)?;
-            let layers = known.map_or_else(Vec::new, |known| self.words.left(&known));
+            let layers = known.map_or_else(Numbers::new, |known| self.words.left(&known));
             if change.kind == Kind::Deleted {
                 self.hide(change.path, layers)?;
             } else {
@@ -138,7 +138,7 @@ impl Pass {
     fn put(
         &mut self,
         entry: Entry,
-        mut layers: Vec<u32>,
+        mut layers: Numbers,
         contents: Contents<'_>,
     ) -> Result<(), Halt> {
         let path = entry.path.clone();
@@ -208,7 +208,7 @@ impl Pass {
     }
 
     /// Deletes a path, if any of the older layers has it.
-    fn hide(&mut self, path: Vec<u8>, mut layers: Vec<u32>) -> Result<(), Halt> {
+    fn hide(&mut self, path: Vec<u8>, mut layers: Numbers) -> Result<(), Halt> {
         if layers.is_empty() {
             return Ok(());
         }

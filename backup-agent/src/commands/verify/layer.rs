@@ -16,10 +16,7 @@ use crate::{
     },
     error::Error,
     log, progress,
-    snapshot::{
-        id::hex,
-        record::{Layer, layer_key},
-    },
+    snapshot::record::{Layer, layer_key},
     state::State,
     store::{Store, twice},
 };
@@ -132,7 +129,7 @@ fn sweep(entries: Option<Source>, mut raw: RawStream) -> (Vec<String>, Vec<(u64,
                 continue;
             }
             match hash(&entry, &mut raw) {
-                Ok(sum) if entry.sha256.as_ref() == Some(&sum) => {}
+                Ok(sum) if entry.sha256 == Some(sum) => {}
                 Err(Halt::Stopped) => return (problems, lost),
                 found => {
                     // The first file in a damaged frame says so; the others are lost with it.
@@ -167,7 +164,7 @@ fn sweep(entries: Option<Source>, mut raw: RawStream) -> (Vec<String>, Vec<(u64,
     (problems, lost)
 }
 
-fn hash(entry: &Entry, raw: &mut RawStream) -> Result<String, Halt> {
+fn hash(entry: &Entry, raw: &mut RawStream) -> Result<[u8; 32], Halt> {
     let mut sum = Sha256::new();
     for extent in &entry.extents {
         if let Extent::Data { offset, length, .. } = *extent {
@@ -177,5 +174,5 @@ fn hash(entry: &Entry, raw: &mut RawStream) -> Result<String, Halt> {
             })?;
         }
     }
-    Ok(hex(&sum.finalize()))
+    Ok(sum.finalize().into())
 }
