@@ -23,14 +23,12 @@ pub mod untrusted;
 use std::ffi::OsString;
 use std::io::{self, Write as _};
 use std::process::ExitCode;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use nix::sys::prctl;
 use tokio::runtime::Runtime;
 use tokio::sync::{mpsc, watch};
-use tokio::time::Instant;
 
-use crate::api::devices::Approvals;
 use crate::api::routes::Context;
 use crate::api::server::{Server, listen};
 use crate::config::{Config, StoreKind};
@@ -173,15 +171,7 @@ async fn serve(
     let reaper = Reaper::default();
     tokio::spawn(reaper.clone().run(children));
     tokio::spawn(forward(termination, events.clone()));
-    let context = Context {
-        config: config.clone(),
-        status,
-        events: events.clone(),
-        approvals: Approvals::default(),
-        booted: Instant::now(),
-        refusals: Mutex::default(),
-        known: Mutex::default(),
-    };
+    let context = Context::new(config.clone(), status, events.clone());
     let server = Server::start(listener, Arc::new(context));
     let is_saved = Owner::new(config, agent, reaper, events, published)
         .run(inbox)

@@ -6,13 +6,11 @@
     reason = "to panic is how a broken promise is told"
 )]
 
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, duplex};
 use tokio::sync::{Semaphore, mpsc, watch};
-use tokio::time::Instant;
 
-use crate::api::devices::Approvals;
 use crate::api::places::Stage;
 use crate::api::routes::Context;
 use crate::api::server;
@@ -73,20 +71,12 @@ async fn converse(config: Arc<Config>, bytes: &[u8]) -> Vec<u8> {
     let (_published, status) = watch::channel(Status::boot());
     // Nobody takes commands: the runtime is as good as shutting down.
     let (events, _) = mpsc::unbounded_channel();
-    let context = Context {
-        config,
-        status,
-        events,
-        approvals: Approvals::default(),
-        booted: Instant::now(),
-        refusals: Mutex::default(),
-        known: Mutex::default(),
-    };
+    let context = Context::new(config, status, events);
     let place = Arc::new(Semaphore::new(1)).acquire_owned().await;
     let place = place.expect("it is never closed");
     let (client, server) = duplex(ROOM);
     let (_closing, closed) = watch::channel(());
-    let serving = server::serve(server, Arc::new(context), closed, Stage::default(), place);
+    let serving = server::serve(server, Arc::new(context), closed, Stage::new(), place);
     let serving = tokio::spawn(serving);
     let (mut reading, mut writing) = tokio::io::split(client);
     let mut answer = Vec::new();

@@ -26,14 +26,14 @@ impl Route {
 }
 
 pub(super) fn route(path: &str) -> Result<Route, Problem> {
-    if !path.starts_with('/') || !is_well_escaped(path) {
-        return Err(Problem::InvalidRequest("the path is malformed"));
-    }
     match path {
         "/v1/status" => Ok(Route::Status),
         "/v1/restart" => Ok(Route::Restart),
         "/v1/backup" => Ok(Route::Backup),
         "/v1/devices" => Ok(Route::Devices),
+        _ if !path.starts_with('/') || !is_well_escaped(path) => {
+            Err(Problem::InvalidRequest("the path is malformed"))
+        }
         _ => path
             .strip_prefix("/v1/devices/")
             .and_then(|rest| rest.strip_suffix("/approve"))

@@ -2,33 +2,62 @@
 //! not shown the token goes, so that whoever holds it gets in, however many others there are.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::time::Duration;
 
 use tokio::task::AbortHandle;
+use tokio::time::Instant;
 
 /// What a connection is at.
-#[derive(Clone, Default)]
-pub struct Stage(Arc<AtomicU8>);
+#[derive(Clone)]
+pub struct Stage(Arc<State>);
+
+struct State {
+    stage: AtomicU8,
+    opened: Instant,
+    /// Milliseconds from then to the end of the last request.
+    quiet_after: AtomicU64,
+}
 
 const STRANGE: u8 = 0;
 const IDLE: u8 = 1;
 const BUSY: u8 = 2;
 
 impl Stage {
+    /// Of a new connection.
+    pub fn new() -> Self {
+        Self(Arc::new(State {
+            stage: AtomicU8::new(STRANGE),
+            opened: Instant::now(),
+            quiet_after: AtomicU64::new(0),
+        }))
+    }
+
     /// A request with the token is being answered.
     pub fn begin(&self) {
-        self.0.store(BUSY, Ordering::Relaxed);
+        self.0.stage.store(BUSY, Ordering::Relaxed);
     }
 
     /// No request is.
     pub fn end(&self) {
-        let _ = self
-            .0
-            .compare_exchange(BUSY, IDLE, Ordering::Relaxed, Ordering::Relaxed);
+        let passed = u64::try_from(self.0.opened.elapsed().as_millis());
+        let passed = passed.unwrap_or(u64::MAX);
+        self.0.quiet_after.store(passed, Ordering::Relaxed);
+        let _ = (self.0.stage).compare_exchange(BUSY, IDLE, Ordering::Relaxed, Ordering::Relaxed);
+    }
+
+    /// Since when there has been no request; none while one is being answered.
+    pub fn quiet_since(&self) -> Option<Instant> {
+        let after = Duration::from_millis(self.0.quiet_after.load(Ordering::Relaxed));
+        (!self.is(BUSY)).then(|| self.0.opened + after)
+    }
+
+    pub fn opened(&self) -> Instant {
+        self.0.opened
     }
 
     fn is(&self, stage: u8) -> bool {
-        self.0.load(Ordering::Relaxed) == stage
+        self.0.stage.load(Ordering::Relaxed) == stage
     }
 }
 
@@ -66,8 +95,8 @@ mod tests {
             let mut connections = Vec::new();
             for stage in [BUSY, IDLE, STRANGE, STRANGE] {
                 let connection = tokio::spawn(std::future::pending::<()>());
-                let now = Stage::default();
-                now.0.store(stage, Ordering::Relaxed);
+                let now = Stage::new();
+                now.0.stage.store(stage, Ordering::Relaxed);
                 places.add(connection.abort_handle(), now);
                 connections.push(connection);
             }

@@ -1,5 +1,6 @@
 //! What each request does. The token comes before everything: a stranger learns nothing about paths or methods.
 
+use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -35,17 +36,32 @@ const BACKUP_SLACK: Duration = Duration::from_secs(20);
 const REFUSAL_INTERVAL: Duration = Duration::from_secs(1);
 
 pub struct Context {
-    pub config: Arc<Config>,
-    pub status: watch::Receiver<Status>,
-    pub events: Events,
-    pub approvals: Approvals,
-    pub booted: Instant,
-    pub refusals: Mutex<Refusals>,
-    pub known: Mutex<Option<Known>>,
+    config: Arc<Config>,
+    status: watch::Receiver<Status>,
+    events: Events,
+    approvals: Approvals,
+    booted: Instant,
+    refusals: Mutex<Refusals>,
+    known: Mutex<Option<Known>>,
+}
+
+impl Context {
+    /// Of a runtime that boots now.
+    pub fn new(config: Arc<Config>, status: watch::Receiver<Status>, events: Events) -> Self {
+        Self {
+            config,
+            status,
+            events,
+            approvals: Approvals::default(),
+            booted: Instant::now(),
+            refusals: Mutex::default(),
+            known: Mutex::default(),
+        }
+    }
 }
 
 /// The last answer to `GET /v1/status`. It is the same for a second, unless another status is published.
-pub struct Known {
+struct Known {
     version: u64,
     uptime_seconds: u64,
     body: Bytes,
@@ -53,27 +69,49 @@ pub struct Known {
 
 /// Requests without a token that no line has told of yet, and when the last line was.
 #[derive(Default)]
-pub struct Refusals {
+struct Refusals {
     count: u64,
     told: Option<Instant>,
 }
 
+/// What becomes of a request.
+pub enum Handled {
+    /// It needs no more than a look at what is known here.
+    Now(Answer),
+    /// It goes on when its caller hangs up.
+    Later(Pin<Box<dyn Future<Output = Answer> + Send>>),
+}
+
 /// Nothing of a request is logged but method, pattern of the path, status and time; of one without the token, that it came.
-pub async fn handle(context: Arc<Context>, request: Request<Incoming>, stage: Stage) -> Answer {
+pub fn handle(context: Arc<Context>, request: Request<Incoming>, stage: &Stage) -> Handled {
     if !auth::is_authorized(request.headers(), &context.config.service_token) {
         refused(&context.refusals);
-        return Problem::Unauthorized.answer();
+        return Handled::Now(Problem::Unauthorized.answer());
     }
     stage.begin();
     let begun = Instant::now();
     let method = known(request.method());
     let route = route(request.uri().path());
     let pattern = route.as_ref().map_or("none", Route::pattern);
-    let answer = match answer(&context, route, request).await {
-        Ok(answer) => answer,
-        Err(problem) => problem.answer(),
+    let route = route.and_then(|route| allowed(route, request.method()));
+    let told = move |answer: Answer| {
+        tell(method, pattern, answer.status(), begun);
+        answer
     };
-    let status = answer.status().as_u16();
+    match route {
+        Ok(Route::Status) if request.body().is_end_stream() => {
+            Handled::Now(told(status(&context, begun)))
+        }
+        Ok(route) => Handled::Later(Box::pin(async move {
+            let answer = answer(&context, route, request.into_body()).await;
+            told(answer.unwrap_or_else(|problem| problem.answer()))
+        })),
+        Err(problem) => Handled::Now(told(problem.answer())),
+    }
+}
+
+fn tell(method: &str, pattern: &str, status: StatusCode, begun: Instant) {
+    let status = status.as_u16();
     let duration_ms = || begun.elapsed().as_secs_f64() * 1000.0;
     // Whoever watches asks for the status every few seconds.
     if method == "GET" {
@@ -95,12 +133,6 @@ pub async fn handle(context: Arc<Context>, request: Request<Incoming>, stage: St
             duration_ms = duration_ms()
         );
     }
-    answer
-}
-
-/// Whether the answer takes more than a look at what is known here.
-pub fn waits(request: &Request<Incoming>) -> bool {
-    request.uri().path() != "/v1/status"
 }
 
 /// A name that is nobody's own words.
@@ -131,44 +163,24 @@ fn refused(refusals: &Mutex<Refusals>) {
     }
 }
 
-async fn answer(
-    context: &Context,
-    route: Result<Route, Problem>,
-    request: Request<Incoming>,
-) -> Result<Answer, Problem> {
-    let route = route?;
+/// The route, if it takes this method.
+fn allowed(route: Route, method: &Method) -> Result<Route, Problem> {
     let allowed = match route {
-        Route::Status | Route::Devices => Method::GET,
-        Route::Restart | Route::Backup | Route::Approve(_) => Method::POST,
+        Route::Status | Route::Devices => "GET",
+        Route::Restart | Route::Backup | Route::Approve(_) => "POST",
     };
-    if request.method() != allowed {
-        let allow = if allowed == Method::GET {
-            "GET"
-        } else {
-            "POST"
-        };
-        return Err(Problem::MethodNotAllowed(allow));
+    if method.as_str() == allowed {
+        Ok(route)
+    } else {
+        Err(Problem::MethodNotAllowed(allowed))
     }
-    discard_body(request.into_body()).await?;
+}
+
+async fn answer(context: &Context, route: Route, unread: Incoming) -> Result<Answer, Problem> {
+    discard_body(unread).await?;
     let config = &context.config;
     match route {
-        Route::Status => {
-            let uptime_seconds = context.booted.elapsed().as_secs();
-            let status = context.status.borrow();
-            let mut known = context.known.lock().unwrap_or_else(PoisonError::into_inner);
-            let is_this = |known: &Known| {
-                (known.version, known.uptime_seconds) == (status.version, uptime_seconds)
-            };
-            let known = match known.take().filter(is_this) {
-                Some(same) => known.insert(same),
-                None => known.insert(Known {
-                    version: status.version,
-                    uptime_seconds,
-                    body: body(status.render(config, uptime_seconds)),
-                }),
-            };
-            Ok(rendered(StatusCode::OK, known.body.clone()))
-        }
+        Route::Status => Ok(status(context, Instant::now())),
         Route::Restart => {
             let generation = ask(context, Event::Restart, OWNER_TIME_LIMIT).await??;
             let data = json!({ "message": "restarting", "generation": generation });
@@ -194,6 +206,24 @@ async fn answer(
             Ok(success(StatusCode::OK, data))
         }
     }
+}
+
+/// The answer is made anew when a second has passed or another status was published.
+fn status(context: &Context, now: Instant) -> Answer {
+    let uptime_seconds = (now - context.booted).as_secs();
+    let status = context.status.borrow();
+    let mut known = context.known.lock().unwrap_or_else(PoisonError::into_inner);
+    let is_this =
+        |known: &Known| (known.version, known.uptime_seconds) == (status.version, uptime_seconds);
+    let known = match known.take().filter(is_this) {
+        Some(same) => known.insert(same),
+        None => known.insert(Known {
+            version: status.version,
+            uptime_seconds,
+            body: body(status.render(&context.config, uptime_seconds)),
+        }),
+    };
+    rendered(StatusCode::OK, known.body.clone())
 }
 
 /// Sends the owner a command and waits for its answer, within a bound.

@@ -7,23 +7,22 @@
 use std::convert::Infallible;
 use std::io;
 use std::net::SocketAddr;
-use std::panic::AssertUnwindSafe;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures_util::FutureExt as _;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
-use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpSocket};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::task::yield_now;
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, timeout};
 
 use super::envelope::{Answer, Problem};
 use super::places::{Places, Stage};
-use super::routes::{self, Context};
+use super::routes::{self, Context, Handled};
 use super::wire::Wire;
 use crate::log::log;
 
@@ -46,7 +45,7 @@ const HEAD_TIME_LIMIT: Duration = Duration::from_secs(10);
 const BUFFER: usize = 8 * 1024;
 const MAX_HEADERS: usize = 64;
 
-/// Longest life of a connection, so that one whose peer reads nothing goes too; then for the answer under way.
+/// Longest life of a connection; then for the answer under way.
 const MAX_LIFE: Duration = Duration::from_hours(1);
 const LAST_ANSWER: Duration = Duration::from_mins(10);
 
@@ -120,7 +119,7 @@ async fn accept(
                 let Ok(place) = places.clone().acquire_owned().await else {
                     return;
                 };
-                let stage = Stage::default();
+                let stage = Stage::new();
                 let connection = serve(
                     stream,
                     context.clone(),
@@ -154,59 +153,111 @@ pub async fn serve(
     stage: Stage,
     _place: OwnedSemaphorePermit,
 ) {
-    let service = service_fn(move |request| {
-        let waits = routes::waits(&request);
-        let handler = routes::handle(context.clone(), request, stage.clone());
-        let answer = contained(handler, waits);
+    let service = service_fn(|request| {
+        let handled = contained(|| routes::handle(context.clone(), request, &stage));
         let stage = stage.clone();
         async move {
-            let answer = answer.await;
+            let answer = answered(handled).await;
             stage.end();
             Ok::<_, Infallible>(answer)
         }
     });
     let connection = http1::Builder::new()
-        .timer(TokioTimer::new())
-        .header_read_timeout(HEAD_TIME_LIMIT)
         .max_buf_size(BUFFER)
         .max_headers(MAX_HEADERS)
         .serve_connection(Wire(TokioIo::new(stream)), service);
     let mut connection = std::pin::pin!(connection);
-    // Broken connections are the peer's business: nothing of them is logged.
-    tokio::select! {
-        _ = connection.as_mut() => return,
-        () = sleep(MAX_LIFE) => {}
-        // Published once, when we close.
-        _ = closing.changed() => {}
+    // One timer that is set when it is due: hyper's own is set anew for each request.
+    let mut quiet = std::pin::pin!(sleep(HEAD_TIME_LIMIT));
+    loop {
+        tokio::select! {
+            biased;
+            // Broken connections are the peer's business: nothing of them is logged.
+            _ = connection.as_mut() => return,
+            // Published once, when we close.
+            _ = closing.changed() => break,
+            () = quiet.as_mut() => {}
+        }
+        let now = Instant::now();
+        if now >= stage.opened() + MAX_LIFE {
+            break;
+        }
+        let limit = stage.quiet_since().unwrap_or(now) + HEAD_TIME_LIMIT;
+        if now >= limit {
+            return;
+        }
+        quiet.as_mut().reset(limit);
     }
     connection.as_mut().graceful_shutdown();
     let _ = timeout(LAST_ANSWER, connection).await;
 }
 
-/// Runs a handler so that its panic is an answer too. One that `waits` goes on when its caller hangs up; for the rest, a task
-/// of its own would be a fifth of the work.
-async fn contained(handler: impl Future<Output = Answer> + Send + 'static, waits: bool) -> Answer {
-    let answer = if waits {
-        tokio::spawn(handler).await.ok()
-    } else {
-        AssertUnwindSafe(handler).catch_unwind().await.ok()
-    };
-    answer.unwrap_or_else(|| {
-        Problem::Internal("the request met a bug in the runtime".to_owned()).answer()
-    })
+/// Runs a handler so that its panic is an answer too.
+fn contained(handler: impl FnOnce() -> Handled) -> Handled {
+    catch_unwind(AssertUnwindSafe(handler)).unwrap_or_else(|_| Handled::Now(bug()))
+}
+
+/// Likewise, in a task of its own, for what takes time.
+async fn answered(handled: Handled) -> Answer {
+    match handled {
+        Handled::Now(answer) => answer,
+        Handled::Later(answer) => tokio::spawn(answer).await.unwrap_or_else(|_| bug()),
+    }
+}
+
+fn bug() -> Answer {
+    Problem::Internal("the request met a bug in the runtime".to_owned()).answer()
 }
 
 #[cfg(test)]
 mod tests {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, duplex};
+    use tokio::sync::mpsc;
+
     use super::*;
+    use crate::config::Config;
+    use crate::status::Status;
+
+    /// Counted from the connection's opening and from the end of each request, and not for all of them together.
+    #[tokio::test(start_paused = true)]
+    async fn a_connection_has_ten_seconds_for_each_request() {
+        const TOKEN: &str = "0123456789abcdef0123456789abcdef";
+        let request =
+            format!("GET /v1/status HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\n\r\n");
+        let request = request.as_bytes();
+        let variables = vec![("RUNTIME_SERVICE_TOKEN".into(), TOKEN.into())];
+        let config = Config::read(&variables, Vec::new()).expect("the token is all that is needed");
+        let (_published, status) = watch::channel(Status::boot());
+        let (events, _) = mpsc::unbounded_channel();
+        let context = Arc::new(Context::new(Arc::new(config), status, events));
+        let place = Arc::new(Semaphore::new(1)).acquire_owned().await;
+        let (mut client, server) = duplex(64 * 1024);
+        let (_closing, closed) = watch::channel(());
+        let place = place.expect("it is never closed");
+        let opened = Instant::now();
+        tokio::spawn(serve(server, context, closed, Stage::new(), place));
+        for _ in 0..3 {
+            sleep(HEAD_TIME_LIMIT * 9 / 10).await;
+            client.write_all(request).await.expect("it is open");
+            let mut answer = [0; 4096];
+            let count = client.read(&mut answer).await.expect("it is open");
+            assert!(answer[..count].starts_with(b"HTTP/1.1 200"));
+        }
+        // Half a head does not count.
+        client.write_all(&request[..20]).await.expect("it is open");
+        let rest = client.read(&mut [0; 1]).await;
+        assert_eq!(rest.expect("it is closed"), 0);
+        assert_eq!(opened.elapsed().as_secs(), 9 * 3 + 10);
+    }
 
     #[test]
     fn a_panic_in_a_handler_is_a_500() {
         let runtime = tokio::runtime::Builder::new_current_thread().build();
         let runtime = runtime.expect("can be built");
-        for waits in [false, true] {
-            let handler = contained(async { panic!("on purpose") }, waits);
-            assert_eq!(runtime.block_on(handler).status(), 500);
+        let at_once = contained(|| panic!("on purpose"));
+        let later = Handled::Later(Box::pin(async { panic!("on purpose") }));
+        for handled in [at_once, later] {
+            assert_eq!(runtime.block_on(answered(handled)).status(), 500);
         }
     }
 }
