@@ -65,12 +65,9 @@ fn read<R: Read>(
     spare: &Receiver<Batch>,
 ) {
     loop {
-        let batch = fill(
-            spare
-                .try_recv()
-                .unwrap_or_else(|_| Batch::with_capacity(BATCH)),
-            &mut lines,
-        );
+        let empty = spare.try_recv();
+        let empty = empty.unwrap_or_else(|_| Batch::with_capacity(BATCH));
+        let batch = fill(empty, &mut lines);
         let is_over = batch.as_ref().map_or(true, Batch::is_empty);
         if sender.send(batch).is_err() || is_over {
             return;

@@ -28,7 +28,8 @@ pub const TRAILER: [u8; 1024] = [0; 1024];
 /// them is part of what is returned, the data follow.
 pub fn header(entry: &Entry, segments: Option<&[(u64, u64)]>) -> Vec<u8> {
     let mut header = Header::new_ustar();
-    let mut pax = Vec::new();
+    // Room for what nearly every entry has.
+    let mut pax = Vec::with_capacity(64);
     let mut map = Vec::new();
 
     let mut name = entry.path.clone();
@@ -104,7 +105,7 @@ pub fn header(entry: &Entry, segments: Option<&[(u64, u64)]>) -> Vec<u8> {
     }
     header.set_cksum();
 
-    let mut blocks = Vec::new();
+    let mut blocks = Vec::with_capacity(3 * 512 + map.len());
     if !pax.is_empty() {
         let mut extended = EXTENDED.clone();
         extended.set_size(pax.len() as u64);

@@ -5,6 +5,7 @@ mod layer;
 use std::collections::BTreeMap;
 
 use serde_json::json;
+use tokio::task::yield_now;
 
 use self::layer::{Checked, check};
 use super::{Answer, choose::choose, human_bytes};
@@ -23,6 +24,9 @@ use crate::{
 
 /// Paths that are named for each snapshot; the rest is counted.
 const MOST_PATHS: usize = 100;
+
+/// Paths that are looked at before a time limit or a signal gets its turn.
+const TURN: u64 = 4096;
 
 /// What damage costs a snapshot.
 struct Cost {
@@ -57,8 +61,10 @@ pub async fn run(
             layers.insert(layer.id.clone(), checked);
         }
     }
-    let costs = records.iter().map(|record| cost(record, &layers));
-    let costs = costs.collect::<Result<Vec<_>, _>>()?;
+    let mut costs = Vec::new();
+    for record in &records {
+        costs.push(cost(record, &layers).await?);
+    }
     let bytes = layers.values().map(|checked| checked.bytes).sum();
     Ok(report(&costs, &damaged, layers.len(), bytes))
 }
@@ -95,7 +101,7 @@ async fn records(
 }
 
 /// The paths of a snapshot that cannot be restored any more.
-fn cost(record: &Record, layers: &BTreeMap<String, Checked>) -> Result<Cost, Error> {
+async fn cost(record: &Record, layers: &BTreeMap<String, Checked>) -> Result<Cost, Error> {
     let mut cost = Cost {
         snapshot: record.id.clone(),
         paths: Vec::new(),
@@ -117,7 +123,11 @@ fn cost(record: &Record, layers: &BTreeMap<String, Checked>) -> Result<Cost, Err
         return Ok(cost);
     };
     let mut merge = Merge::new(indexes)?;
-    while let Some(word) = merge.next()? {
+    for met in 1_u64.. {
+        let Some(word) = merge.next()? else { break };
+        if met.is_multiple_of(TURN) {
+            yield_now().await;
+        }
         if word.entry.kind == Kind::File && checked[word.layer].loses(&word.entry) {
             cost.count += 1;
             if cost.paths.len() < MOST_PATHS {
