@@ -392,7 +392,7 @@ pub fn is_alive(pid: i64) -> bool {
     }
 }
 
-/// `R`, `S`, `T`, `Z` … as in proc_pid_status(5).
+/// `R`, `S`, `T`, `Z` … as in proc(5).
 fn state(pid: i64) -> Option<char> {
     field(pid, "State")?.chars().next()
 }
