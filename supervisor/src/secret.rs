@@ -92,6 +92,19 @@ mod tests {
     }
 
     #[test]
+    fn a_guess_that_is_wrong_in_one_byte_anywhere_is_wrong() {
+        for length in 1..=24 {
+            let token = Secret::new("x".repeat(length));
+            assert!(token.matches(&vec![b'x'; length]));
+            for at in 0..length {
+                let mut guess = vec![b'x'; length];
+                guess[at] = b'y';
+                assert!(!token.matches(&guess), "byte {at} of {length}");
+            }
+        }
+    }
+
+    #[test]
     fn no_secret_is_printed() {
         let secret = Secret::new("hunter2".into());
         assert_eq!(format!("{secret:?}"), REDACTED);

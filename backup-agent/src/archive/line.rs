@@ -295,6 +295,24 @@ mod tests {
     }
 
     #[test]
+    fn a_line_of_a_layer_has_nothing_of_this_disk() {
+        let plain = entry(b"dir/file");
+        let local = Entry {
+            stamp: Some(Stamp {
+                ctime: 1,
+                ino: 2,
+                is_linked: false,
+            }),
+            layers: smallvec![0, 3],
+            ..plain.clone()
+        };
+        assert_eq!(Entry::from_line(&line(&local)).as_ref(), Ok(&local));
+        let mut of_layer = Vec::new();
+        local.append_line(Scope::Layer, &mut of_layer);
+        assert_eq!(Entry::from_line(&of_layer), Ok(plain));
+    }
+
+    #[test]
     fn a_deletion_has_a_path_and_nothing_else() {
         let line = line(&Entry::deleted(b"gone".to_vec()));
         assert_eq!(

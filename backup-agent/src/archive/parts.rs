@@ -174,18 +174,28 @@ mod tests {
             }
             writer.finish()
         });
-        let mut held = std::collections::VecDeque::new();
-        let mut buffers = std::collections::BTreeSet::new();
-        while let Some(part) = receiver.blocking_recv() {
-            buffers.insert(part.bytes.as_ptr());
+        let mut next = || receiver.blocking_recv();
+        let mut held: std::collections::VecDeque<Part> =
+            std::iter::from_fn(&mut next).take(4).collect();
+        while let Some(first) = held.pop_front() {
+            let freed = first.bytes.as_ptr();
+            drop(first);
+            let Some(part) = next() else { break };
+            assert_eq!(part.bytes.as_ptr(), freed);
             held.push_back(part);
-            if held.len() == 4 {
-                held.pop_front();
-            }
         }
         let (written, _) = filler.join().expect("no panic").expect("nobody stopped it");
         assert_eq!(written, 40 * size as u64);
-        assert_eq!(buffers.len(), 4);
+    }
+
+    #[test]
+    fn who_waits_for_a_buffer_learns_that_the_upload_has_ended() {
+        let size = IN_MEMORY / 2;
+        let (mut writer, receiver) = PartWriter::new(size);
+        let filler =
+            std::thread::spawn(move || (0..40).try_for_each(|_| writer.write(&vec![1; size])));
+        drop(receiver);
+        assert!(filler.join().expect("no panic").is_err());
     }
 
     #[test]

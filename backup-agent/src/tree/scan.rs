@@ -17,7 +17,6 @@ use nix::{
         stat::{FileStat, Mode, SFlag, fstat, fstatat},
     },
 };
-
 use rustix::fs::RawDir;
 
 use super::{exclude::Excludes, read};

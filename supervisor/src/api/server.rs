@@ -211,43 +211,64 @@ fn bug() -> Answer {
 
 #[cfg(test)]
 mod tests {
-    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, duplex};
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream, duplex};
     use tokio::sync::mpsc;
 
     use super::*;
     use crate::config::Config;
     use crate::status::Status;
 
+    const REQUEST: &[u8] =
+        b"GET /v1/status HTTP/1.1\r\nAuthorization: Bearer 0123456789abcdef0123456789abcdef\r\n\r\n";
+
+    /// Serves one end of a connection that holds so many bytes; gives the other end.
+    fn connect(room: usize) -> DuplexStream {
+        let variables = vec![(
+            "RUNTIME_SERVICE_TOKEN".into(),
+            "0123456789abcdef0123456789abcdef".into(),
+        )];
+        let config = Config::read(&variables, Vec::new()).expect("the token is all that is needed");
+        let (published, status) = watch::channel(Status::boot());
+        let (events, _) = mpsc::unbounded_channel();
+        let context = Arc::new(Context::new(Arc::new(config), status, events));
+        let place = Arc::new(Semaphore::new(1)).try_acquire_owned();
+        let place = place.expect("nobody else takes it");
+        let (client, server) = duplex(room);
+        let (closing, closed) = watch::channel(());
+        tokio::spawn(async move {
+            serve(server, context, closed, Stage::new(), place).await;
+            drop((published, closing));
+        });
+        client
+    }
+
     /// Counted from the connection's opening and from the end of each request, and not for all of them together.
     #[tokio::test(start_paused = true)]
     async fn a_connection_has_ten_seconds_for_each_request() {
-        const TOKEN: &str = "0123456789abcdef0123456789abcdef";
-        let request =
-            format!("GET /v1/status HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\n\r\n");
-        let request = request.as_bytes();
-        let variables = vec![("RUNTIME_SERVICE_TOKEN".into(), TOKEN.into())];
-        let config = Config::read(&variables, Vec::new()).expect("the token is all that is needed");
-        let (_published, status) = watch::channel(Status::boot());
-        let (events, _) = mpsc::unbounded_channel();
-        let context = Arc::new(Context::new(Arc::new(config), status, events));
-        let place = Arc::new(Semaphore::new(1)).acquire_owned().await;
-        let (mut client, server) = duplex(64 * 1024);
-        let (_closing, closed) = watch::channel(());
-        let place = place.expect("it is never closed");
         let opened = Instant::now();
-        tokio::spawn(serve(server, context, closed, Stage::new(), place));
+        let mut client = connect(64 * 1024);
         for _ in 0..3 {
             sleep(HEAD_TIME_LIMIT * 9 / 10).await;
-            client.write_all(request).await.expect("it is open");
+            client.write_all(REQUEST).await.expect("it is open");
             let mut answer = [0; 4096];
             let count = client.read(&mut answer).await.expect("it is open");
             assert!(answer[..count].starts_with(b"HTTP/1.1 200"));
         }
         // Half a head does not count.
-        client.write_all(&request[..20]).await.expect("it is open");
+        client.write_all(&REQUEST[..20]).await.expect("it is open");
         let rest = client.read(&mut [0; 1]).await;
         assert_eq!(rest.expect("it is closed"), 0);
         assert_eq!(opened.elapsed().as_secs(), 9 * 3 + 10);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_answer_that_is_not_read_ends_the_connection() {
+        let mut client = connect(REQUEST.len());
+        client.write_all(REQUEST).await.expect("it is open");
+        sleep(HEAD_TIME_LIMIT + Duration::from_secs(1)).await;
+        let mut answer = Vec::new();
+        client.read_to_end(&mut answer).await.expect("it is closed");
+        assert_eq!(answer.len(), REQUEST.len(), "what there was room for");
     }
 
     #[test]
