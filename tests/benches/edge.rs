@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use e2e::edge::{Edge, Store, TOKEN, Variant, docker, image};
 use e2e::http;
 use e2e::openclaw::repository;
+use e2e::supervisor::children;
 use e2e::table::{figure, head, milliseconds, row};
 use e2e::workspace::{Scale, generate};
 
@@ -163,19 +164,22 @@ fn back_up_a_workspace(store: &Store, idle: &Variant) -> Outcome {
 }
 
 /// The container's first process, by its id on this machine.
-fn supervisor(edge: &Edge) -> Outcome<u32> {
+fn supervisor(edge: &Edge) -> Outcome<i32> {
     let pid = docker(&["inspect", "--format", "{{.State.Pid}}", &edge.container()]);
     Ok(pid.trim().parse()?)
 }
 
 /// Peak of the resident memory of the agent that a supervisor runs meanwhile, in KiB; 0 when none was seen.
-fn peak_of_agent(supervisor: u32, work: impl FnOnce()) -> Outcome<f64> {
+fn peak_of_agent(supervisor: i32, work: impl FnOnce()) -> Outcome<f64> {
     let is_done = AtomicBool::new(false);
     let peak = thread::scope(|scope| {
         let watch = scope.spawn(|| {
             let mut peak = 0.0_f64;
             while !is_done.load(Ordering::Relaxed) {
-                for child in children(supervisor) {
+                for child in children(supervisor)
+                    .into_iter()
+                    .filter(|pid| is_agent(*pid))
+                {
                     peak = peak.max(memory_of(child, "VmHWM:").unwrap_or_default());
                 }
                 thread::sleep(SAMPLE);
@@ -189,20 +193,13 @@ fn peak_of_agent(supervisor: u32, work: impl FnOnce()) -> Outcome<f64> {
     peak.map_err(|_| "the watch failed".into())
 }
 
-/// Children of a process that are the agent.
-fn children(parent: u32) -> Vec<u32> {
-    let path = format!("/proc/{parent}/task/{parent}/children");
-    let text = fs::read_to_string(path).unwrap_or_default();
-    let pids = text.split_whitespace().filter_map(|pid| pid.parse().ok());
-    pids.filter(|pid| {
-        let name = fs::read_to_string(format!("/proc/{pid}/comm"));
-        name.is_ok_and(|name| name.trim_end() == "backup-agent")
-    })
-    .collect()
+fn is_agent(pid: i32) -> bool {
+    let name = fs::read_to_string(format!("/proc/{pid}/comm"));
+    name.is_ok_and(|name| name.trim_end() == "backup-agent")
 }
 
 /// A line of a process's status, in KiB, for as long as it lives.
-fn memory_of(pid: u32, line: &str) -> Option<f64> {
+fn memory_of(pid: i32, line: &str) -> Option<f64> {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
     let rest = status.lines().find_map(|text| text.strip_prefix(line))?;
     rest.trim().trim_end_matches(" kB").parse().ok()
