@@ -7,8 +7,11 @@ pub mod exclude;
 pub mod freeze;
 pub mod identity;
 pub mod old;
+pub mod process;
 pub mod read;
 pub mod remove;
 pub mod scan;
 pub mod status;
 pub mod swap;
+#[cfg_attr(not(test), expect(dead_code, reason = "the walk asks it next"))]
+pub mod writers;

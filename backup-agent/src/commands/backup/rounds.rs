@@ -262,11 +262,11 @@ async fn capture(
             log,
             Some(capture),
         );
-        let is_whole = frozen.is_whole();
-        let pause = Some(frozen.thaw());
+        let (is_whole, pause) = frozen.thaw();
+        let pause = Some(pause);
         match scanned {
             Ok(changes) if is_whole => Ok((Ok(changes), pause)),
-            Ok(_) | Err(Stop::Late) => Ok((Err(NotFrozen::Late), pause)),
+            Ok(_) | Err(Stop::Late) => Ok((Err(NotFrozen::Interrupted), pause)),
             Err(Stop::Unreadable) => Err(Unreadable.into()),
             Err(Stop::Failed(error)) => Err(error),
         }
