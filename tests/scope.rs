@@ -84,6 +84,66 @@ fn the_built_in_patterns_and_the_operators_own_decide() {
     assert_eq!(host.json(&["backup"])["unchanged"], true);
 }
 
+#[test]
+fn locks_of_programs_do_not_come_back_and_what_looks_like_them_does() {
+    let place = Place::directory();
+    let host = Host::new(&place);
+    let locks = [
+        ".config/chromium/SingletonLock",
+        ".openclaw/browser/openclaw/user-data/SingletonSocket",
+        ".openclaw/workspace/profile/SingletonCookie",
+    ];
+    for path in locks {
+        tree::write(
+            &host.root,
+            Path::new(path).with_file_name("Preferences"),
+            "{}",
+        );
+        symlink("oldhost-4242", host.root.join(path)).expect("can make a link");
+    }
+    for profile in [".mozilla/firefox/p.default", ".openclaw/workspace/fox"] {
+        tree::write(&host.root, Path::new(profile).join("prefs.js"), "kept");
+        tree::write(&host.root, Path::new(profile).join(".parentlock"), "");
+        symlink("127.0.1.1:+4242", host.root.join(profile).join("lock")).expect("can make a link");
+    }
+    for path in [
+        "pg/postmaster.pid",
+        ".openclaw/workspace/.git/index.lock",
+        ".openclaw/workspace/.git/refs/heads/main.lock",
+        ".openclaw/logs/commands.log",
+        ".cache/pip/http/a",
+    ] {
+        tree::write(&host.root, path, "4242");
+    }
+    let kept = [
+        ".cache/ms-playwright/mcp-chrome-profile/Default/Cookies",
+        ".config/chromium/Preferences",
+        ".mozilla/firefox/p.default/prefs.js",
+        ".openclaw/browser/openclaw/user-data/Preferences",
+        ".openclaw/workspace/.git/config",
+        ".openclaw/workspace/app/node_modules/left-pad/package.json",
+        ".openclaw/workspace/app/package.json",
+        ".openclaw/workspace/fox/prefs.js",
+        ".openclaw/workspace/lock",
+        ".openclaw/workspace/mail.sock",
+        ".openclaw/workspace/own/lock",
+        ".openclaw/workspace/profile/Preferences",
+        ".openclaw/workspace/server.pid",
+        "app/node_modules/x/y",
+        "own/SingletonLock",
+        "own/lock/file",
+    ];
+    for path in kept {
+        if path != ".openclaw/workspace/own/lock" {
+            tree::write(&host.root, path, path);
+        }
+    }
+    fs::create_dir(host.root.join(".openclaw/workspace/own")).expect("can make a directory");
+    symlink("../lock", host.root.join(".openclaw/workspace/own/lock")).expect("can make a link");
+    assert_eq!(host.json(&["backup"])["skipped"], 0);
+    assert_eq!(kept_names(&host), kept);
+}
+
 /// A file of so many bytes of data, one in every `stride` bytes, and one more at `last`.
 fn combed_file(path: &Path, runs: u64, stride: u64, last: u64) {
     let file = File::create(path).expect("can make a file");
