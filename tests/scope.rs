@@ -1,14 +1,14 @@
 //! What a snapshot takes in and what it leaves out: file types, patterns, and whatever the gateway's user cannot read.
 
-use std::fs;
-use std::os::unix::fs::{MetadataExt as _, symlink};
+use std::fs::{self, File};
+use std::os::unix::fs::{FileExt as _, MetadataExt as _, symlink};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::Command;
 
 use e2e::agent::{Host, Place};
 use e2e::s3::{Effect, Kind};
-use e2e::tree::{self, assert_same, chown, describe, set_mode};
+use e2e::tree::{self, BLOCK, assert_same, chown, describe, set_mode};
 use rustix::fs::{CWD, FileType, Mode, mknodat};
 
 const NOBODY: u32 = 65_534;
@@ -82,6 +82,124 @@ fn the_built_in_patterns_and_the_operators_own_decide() {
     // A change of what is left out is none of the snapshot.
     tree::write(&host.root, "a.log", "more");
     assert_eq!(host.json(&["backup"])["unchanged"], true);
+}
+
+#[test]
+fn locks_of_programs_do_not_come_back_and_what_looks_like_them_does() {
+    let place = Place::directory();
+    let host = Host::new(&place);
+    let locks = [
+        ".config/chromium/SingletonLock",
+        ".openclaw/browser/openclaw/user-data/SingletonSocket",
+        ".openclaw/workspace/profile/SingletonCookie",
+    ];
+    for path in locks {
+        tree::write(
+            &host.root,
+            Path::new(path).with_file_name("Preferences"),
+            "{}",
+        );
+        symlink("oldhost-4242", host.root.join(path)).expect("can make a link");
+    }
+    for profile in [".mozilla/firefox/p.default", ".openclaw/workspace/fox"] {
+        tree::write(&host.root, Path::new(profile).join("prefs.js"), "kept");
+        tree::write(&host.root, Path::new(profile).join(".parentlock"), "");
+        symlink("127.0.1.1:+4242", host.root.join(profile).join("lock")).expect("can make a link");
+    }
+    for path in [
+        "pg/postmaster.pid",
+        ".openclaw/workspace/.git/index.lock",
+        ".openclaw/workspace/.git/refs/heads/main.lock",
+        ".openclaw/logs/commands.log",
+        ".cache/pip/http/a",
+    ] {
+        tree::write(&host.root, path, "4242");
+    }
+    let kept = [
+        ".cache/ms-playwright/mcp-chrome-profile/Default/Cookies",
+        ".config/chromium/Preferences",
+        ".mozilla/firefox/p.default/prefs.js",
+        ".openclaw/browser/openclaw/user-data/Preferences",
+        ".openclaw/workspace/.git/config",
+        ".openclaw/workspace/app/node_modules/left-pad/package.json",
+        ".openclaw/workspace/app/package.json",
+        ".openclaw/workspace/fox/prefs.js",
+        ".openclaw/workspace/lock",
+        ".openclaw/workspace/mail.sock",
+        ".openclaw/workspace/own/lock",
+        ".openclaw/workspace/profile/Preferences",
+        ".openclaw/workspace/server.pid",
+        "app/node_modules/x/y",
+        "own/SingletonLock",
+        "own/lock/file",
+    ];
+    for path in kept {
+        if path != ".openclaw/workspace/own/lock" {
+            tree::write(&host.root, path, path);
+        }
+    }
+    fs::create_dir(host.root.join(".openclaw/workspace/own")).expect("can make a directory");
+    symlink("../lock", host.root.join(".openclaw/workspace/own/lock")).expect("can make a link");
+    assert_eq!(host.json(&["backup"])["skipped"], 0);
+    assert_eq!(kept_names(&host), kept);
+}
+
+/// A file of so many bytes of data, one in every `stride` bytes, and one more at `last`.
+fn combed_file(path: &Path, runs: u64, stride: u64, last: u64) {
+    let file = File::create(path).expect("can make a file");
+    for at in (0..runs).map(|run| run * stride).chain([last]) {
+        file.write_all_at(b"x", at).expect("can write");
+    }
+}
+
+/// More runs of data than are told apart in one file.
+const MANY_RUNS: u64 = 16_385;
+
+#[test]
+fn of_many_holes_the_small_ones_are_read_and_one_of_200_gib_is_not() {
+    let place = Place::directory();
+    let host = Host::new(&place);
+    combed_file(&host.root.join("odd"), MANY_RUNS, 2 * BLOCK, 200 << 30);
+    tree::write(&host.root, "other", "content");
+    let answer = host.json(&["backup"]);
+    assert_eq!(
+        (&answer["files"], &answer["skipped"]),
+        (&2.into(), &0.into())
+    );
+    assert_eq!(host.json(&["backup"])["unchanged"], true);
+
+    let target = host.folder.path().join("target");
+    let _ = host
+        .run(&["restore", "--target", &target.display().to_string()])
+        .expect(0);
+    let restored = File::open(target.join("odd")).expect("it is back");
+    let status = restored.metadata().expect("it is open");
+    assert_eq!(status.len(), (200 << 30) + 1);
+    assert!(status.blocks() * 512 < 1 << 30, "the large hole is one");
+    for at in (0..MANY_RUNS).map(|run| run * 2 * BLOCK).chain([200 << 30]) {
+        let mut byte = [0];
+        restored.read_exact_at(&mut byte, at).expect("can read");
+        assert_eq!(&byte, b"x", "at {at}");
+    }
+}
+
+#[test]
+fn a_file_of_too_many_holes_is_left_out_with_a_word_and_stops_no_backup() {
+    let place = Place::directory();
+    let host = Host::new(&place);
+    // More than a thousand holes of 1 MiB would have to be read as zeros.
+    combed_file(&host.root.join("odd"), MANY_RUNS + 1100, 1 << 20, 200 << 30);
+    tree::write(&host.root, "other", "content");
+    let outcome = host.run(&["backup", "--json"]).expect(0);
+    assert_eq!(outcome.json()["skipped"], 1);
+    let words = outcome.logged("entry left out");
+    assert_eq!(words.len(), 1);
+    assert_eq!(words[0]["path"], "odd");
+    assert_eq!(kept_names(&host), ["other"]);
+
+    assert_eq!(host.json(&["backup"])["unchanged"], true);
+    tree::write(&host.root, "other", "changed");
+    assert_eq!(host.json(&["backup"])["unchanged"], false);
 }
 
 #[test]

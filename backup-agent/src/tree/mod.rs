@@ -5,6 +5,7 @@ pub mod apply;
 pub mod cursor;
 pub mod exclude;
 pub mod freeze;
+pub mod holes;
 pub mod identity;
 pub mod old;
 pub mod process;

@@ -6,10 +6,11 @@ use nix::{
     errno::Errno,
     fcntl::{OFlag, openat},
     sys::stat::{FileStat, Mode, SFlag, fstat},
-    unistd::{Whence, lseek},
+    unistd::lseek,
 };
 use sha2::{Digest, Sha256};
 
+use super::holes::{self, NoRuns};
 use crate::archive::{
     entry::Entry,
     extents::{self, Runs},
@@ -20,9 +21,6 @@ const CHUNK: usize = 64 << 10;
 /// Bytes of one entry's attributes, names and values. Some file systems keep hundreds of megabytes for a file, and every
 /// index has them in a line; one value of the largest size is well below.
 const MOST_ATTRIBUTES: usize = 128 << 10;
-/// Runs of data that are told apart in one file; what comes after is stored with its holes filled. A database has few
-/// holes, and a file made to have millions must not cost memory.
-const MOST_RUNS: usize = 16_384;
 
 /// The bytes of a regular file: runs of data, with holes between them.
 pub struct Data {
@@ -38,7 +36,8 @@ pub struct Content {
     status: FileStat,
 }
 
-/// Opens a regular file without following a link or waiting for the other end of a fifo. `None` if it is none (any more).
+/// Opens a regular file without following a link or waiting for the other end of a fifo. `None` if it is none (any more), or
+/// has too many holes.
 pub fn open(parent: impl AsFd, name: &CStr) -> Result<Option<Content>, Errno> {
     let flags = OFlag::O_RDONLY
         | OFlag::O_NOFOLLOW
@@ -55,7 +54,11 @@ pub fn open(parent: impl AsFd, name: &CStr) -> Result<Option<Content>, Errno> {
     if status.st_mode & SFlag::S_IFMT.bits() != SFlag::S_IFREG.bits() {
         return Ok(None);
     }
-    let runs = find_runs(&file, &status)?;
+    let runs = match find_runs(&file, &status) {
+        Ok(runs) => runs,
+        Err(NoRuns::TooManyHoles) => return Ok(None),
+        Err(NoRuns::Failed(error)) => return Err(error),
+    };
     let data = Data {
         file,
         runs,
@@ -143,45 +146,12 @@ pub fn size(status: &FileStat) -> u64 {
     u64::try_from(status.st_size).unwrap_or(0)
 }
 
-fn find_runs(file: &File, status: &FileStat) -> Result<Runs, Errno> {
-    let size = size(status);
+fn find_runs(file: &File, status: &FileStat) -> Result<Runs, NoRuns> {
     let allocated = u64::try_from(status.st_blocks).unwrap_or(0) * 512;
-    let whole = || (size > 0).then_some((0, size)).into_iter().collect();
-    if allocated >= size {
-        return Ok(whole());
-    }
-    let mut found = Runs::new();
-    let mut at = 0;
-    while at < size {
-        let seek = |from: u64, whence| {
-            lseek(file, i64::try_from(from).map_err(|_| Errno::EFBIG)?, whence)
-                .map(|position| u64::try_from(position).unwrap_or(0))
-        };
-        let start = match seek(at, Whence::SeekData) {
-            Ok(start) => start,
-            // Nothing but a hole up to the end.
-            Err(Errno::ENXIO) => break,
-            // The file system knows no holes.
-            Err(Errno::EINVAL) => return Ok(whole()),
-            Err(error) => return Err(error),
-        };
-        if start >= size {
-            break;
-        }
-        let end = if found.len() + 1 == MOST_RUNS {
-            size
-        } else {
-            match seek(start, Whence::SeekHole) {
-                Ok(end) => end.min(size),
-                // The data were cut off meanwhile.
-                Err(Errno::ENXIO) => size,
-                Err(error) => return Err(error),
-            }
-        };
-        found.push((start, end - start));
-        at = end;
-    }
-    Ok(found)
+    holes::find_runs(size(status), allocated, |from, whence| {
+        let from = i64::try_from(from).map_err(|_| Errno::EFBIG)?;
+        lseek(file, from, whence).map(|position| u64::try_from(position).unwrap_or(0))
+    })
 }
 
 /// Whether an open file has the content and the attributes of an entry, holes at the same places.

@@ -6,6 +6,7 @@ use std::{
     ffi::CStr,
     mem::MaybeUninit,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
+    os::unix::ffi::{OsStrExt, OsStringExt},
     path::Path,
 };
 
@@ -186,7 +187,8 @@ fn one<E: From<Error>>(
         allocated: u64::try_from(status.st_blocks).unwrap_or(0) * 512,
     };
     let kind = SFlag::from_bits_truncate(status.st_mode & SFlag::S_IFMT.bits());
-    if excludes.matches(path, kind == SFlag::S_IFDIR) {
+    // A link is judged with its target, below.
+    if kind != SFlag::S_IFLNK && excludes.matches(path, kind == SFlag::S_IFDIR) {
         return Ok(Outcome::Done);
     }
     match kind {
@@ -223,8 +225,8 @@ fn one<E: From<Error>>(
             }
         }
         SFlag::S_IFLNK => match readlinkat(parent, name) {
+            Ok(target) if excludes.matches_link(path, target.as_bytes()) => Ok(Outcome::Done),
             Ok(target) => {
-                use std::os::unix::ffi::OsStringExt;
                 let mut entry = entry(path, Kind::Symlink, &status);
                 entry.link = Some(target.into_vec());
                 visit(found(entry, None))?;

@@ -29,7 +29,7 @@ use crate::{
     snapshot::{layers::Size, record::Layer},
     tree::{
         exclude::Excludes,
-        identity,
+        holes, identity,
         read::{self, Content},
         scan::{self, Found, Verdict},
     },
@@ -289,7 +289,9 @@ impl Scan {
                     && (entry.uid != self.reader.as_raw() || entry.mode & 0o400 == 0);
                 // The first name of several has to be one that can be read.
                 let is_linked = entry.stamp.is_some_and(|stamp| stamp.is_linked);
-                if (is_doubtful || is_linked)
+                // Found out here, it does not count as changed each time.
+                let is_odd = holes::may_be_too_many(entry.size, found.allocated);
+                if (is_doubtful || is_linked || is_odd)
                     && !matches!(read::open(found.parent, found.name), Ok(Some(_)))
                 {
                     return Ok(Verdict::Skipped);
