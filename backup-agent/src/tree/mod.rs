@@ -7,12 +7,13 @@ pub mod exclude;
 pub mod freeze;
 pub mod holes;
 pub mod identity;
+pub mod miss;
 pub mod old;
 pub mod process;
 pub mod read;
 pub mod remove;
+pub mod root;
 pub mod scan;
 pub mod status;
 pub mod swap;
-#[cfg_attr(not(test), expect(dead_code, reason = "the walk asks it next"))]
 pub mod writers;
