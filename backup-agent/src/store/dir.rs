@@ -49,13 +49,17 @@ impl Directory {
         work: impl FnOnce(&Path, &str) -> Result<T, StoreError> + Send + 'static,
     ) -> Pending<'a, T> {
         let (base, under_way) = (self.base.clone(), self.under_way.clone());
+        let (sender, receiver) = tokio::sync::oneshot::channel();
+        // Boxed, or the compiler would make a copy of the whole task for each.
+        let work: Box<dyn FnOnce() + Send> = Box::new(move || {
+            // Nobody waits any more when the bound ran out.
+            let _ = sender.send(work(&base, &under_way));
+        });
         Box::pin(async move {
-            match tokio::task::spawn_blocking(move || work(&base, &under_way)).await {
-                Ok(result) => result,
-                Err(_) => Err(StoreError::Protocol(
-                    "the file thread ended without a result",
-                )),
-            }
+            tokio::task::spawn_blocking(work);
+            receiver.await.unwrap_or(Err(StoreError::Protocol(
+                "the file thread ended without a result",
+            )))
         })
     }
 }

@@ -54,13 +54,13 @@ pub async fn with_identity<T: Send + 'static>(
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Result<T, Error> {
     let (sender, receiver) = tokio::sync::oneshot::channel();
-    std::thread::Builder::new()
-        .name(name.to_owned())
-        .spawn(move || {
-            let done = identity.map_or(Ok(()), Identity::assume).map(|()| work());
-            // Nobody waits any more when the bound ran out.
-            let _ = sender.send(done);
-        })
-        .map_err(Error::local("start", name))?;
+    // Boxed, or the compiler would make a copy of the thread's whole start for each.
+    let work: Box<dyn FnOnce() + Send> = Box::new(move || {
+        let done = identity.map_or(Ok(()), Identity::assume).map(|()| work());
+        // Nobody waits any more when the bound ran out.
+        let _ = sender.send(done);
+    });
+    let thread = std::thread::Builder::new().name(name.to_owned());
+    thread.spawn(work).map_err(Error::local("start", name))?;
     receiver.await.map_err(|_| Error::Internal(name))?
 }

@@ -72,22 +72,42 @@ pub fn open_root(root: &Path) -> Result<OwnedFd, Errno> {
     open(root, DIRECTORY, Mode::empty())
 }
 
-/// Visits every entry that is not left out, the root first.
+/// Visits every entry that is not left out, the root first, until the visitor fails.
 pub fn walk<E: From<Error>>(
     root: &Path,
     excludes: &Excludes,
     mut visit: impl FnMut(Met<'_>) -> Result<Verdict, E>,
 ) -> Result<(), E> {
+    let mut failed = None;
+    let visit: &mut Visitor<'_> = &mut |met| match visit(met) {
+        Ok(verdict) => Some(verdict),
+        Err(error) => {
+            failed = Some(error);
+            None
+        }
+    };
+    walk_all(root, excludes, visit)?;
+    failed.map_or(Ok(()), Err)
+}
+
+/// `None` ends the walk.
+type Visitor<'a> = dyn FnMut(Met<'_>) -> Option<Verdict> + 'a;
+
+/// One function for all visitors: the compiler would make a copy of it for each.
+fn walk_all(root: &Path, excludes: &Excludes, visit: &mut Visitor<'_>) -> Result<(), Error> {
     let fd = open_root(root).map_err(Error::local("open", root))?;
     let status = fstat(&fd).map_err(Error::local("look at", root))?;
     let names = sorted_names(&fd).map_err(Error::local("list", root))?;
-    visit(Met::Entry(Found {
+    let found = Found {
         entry: entry(b"", Kind::Dir, &status),
         parent: fd.as_fd(),
         name: c".",
         directory: Some(fd.as_fd()),
         allocated: 0,
-    }))?;
+    };
+    if visit(Met::Entry(found)).is_none() {
+        return Ok(());
+    }
     let most_levels = most_levels();
     let mut links = Links::new();
     let mut path: Vec<u8> = Vec::new();
@@ -103,27 +123,32 @@ pub fn walk<E: From<Error>>(
             path.push(b'/');
         }
         path.extend_from_slice(name.to_bytes());
-        if name.to_bytes().len() > LONGEST_NAME || path.len() > LONGEST_PATH {
+        let outcome = if name.to_bytes().len() > LONGEST_NAME || path.len() > LONGEST_PATH {
             let reason = "its path is longer than 4,096 bytes, or its name than 255";
-            visit(Met::Missed(&path, Miss::LeftOut(reason)))?;
-            continue;
-        }
-        let parent = level.fd.as_fd();
-        let outcome = one(parent, name, &path, excludes, &mut links, &mut visit)?;
-        match outcome {
-            Ok(None) | Err(Miss::Gone) => {}
+            Err(Miss::LeftOut(reason))
+        } else {
+            let parent = level.fd.as_fd();
+            match one(parent, name, &path, excludes, &mut links, visit) {
+                Some(outcome) => outcome,
+                None => return Ok(()),
+            }
+        };
+        let miss = match outcome {
+            Ok(None) | Err(Miss::Gone) => continue,
             // A run with a higher limit has what is below.
-            Ok(Some(_)) if levels.len() >= most_levels => {
-                visit(Met::Missed(&path, Miss::Unread(Errno::EMFILE)))?;
+            Ok(Some(_)) if levels.len() >= most_levels => Miss::Unread(Errno::EMFILE),
+            Ok(Some((fd, names))) => {
+                levels.push(Level {
+                    fd,
+                    names,
+                    path: path.len(),
+                });
+                continue;
             }
-            Ok(Some((fd, names))) => levels.push(Level {
-                fd,
-                names,
-                path: path.len(),
-            }),
-            Err(miss) => {
-                visit(Met::Missed(&path, miss))?;
-            }
+            Err(miss) => miss,
+        };
+        if visit(Met::Missed(&path, miss)).is_none() {
+            return Ok(());
         }
     }
     Ok(())
@@ -163,22 +188,18 @@ impl Links {
     }
 }
 
-/// Visits one entry; gives what is in it, for a directory.
-#[expect(
-    clippy::type_complexity,
-    reason = "the outer error is the visitor's, the inner one the entry's"
-)]
-fn one<E: From<Error>>(
+/// Visits one entry; gives what is in it, for a directory, or why it cannot be looked at. `None` ends the walk.
+fn one(
     parent: BorrowedFd<'_>,
     name: &CStr,
     path: &[u8],
     excludes: &Excludes,
     links: &mut Links,
-    visit: &mut impl FnMut(Met<'_>) -> Result<Verdict, E>,
-) -> Result<Result<Option<(OwnedFd, Names)>, Miss>, E> {
+    visit: &mut Visitor<'_>,
+) -> Option<Result<Option<(OwnedFd, Names)>, Miss>> {
     let status = match fstatat(parent, name, AtFlags::AT_SYMLINK_NOFOLLOW) {
         Ok(status) => status,
-        Err(error) => return Ok(Err(error.into())),
+        Err(error) => return Some(Err(error.into())),
     };
     let found = |entry, directory| {
         Met::Entry(Found {
@@ -192,7 +213,7 @@ fn one<E: From<Error>>(
     let kind = SFlag::from_bits_truncate(status.st_mode & SFlag::S_IFMT.bits());
     // A link is judged with its target, below.
     if kind != SFlag::S_IFLNK && excludes.matches(path, kind == SFlag::S_IFDIR) {
-        return Ok(Ok(None));
+        return Some(Ok(None));
     }
     match kind {
         SFlag::S_IFDIR => {
@@ -200,10 +221,10 @@ fn one<E: From<Error>>(
                 .and_then(|fd| Ok((fstat(&fd)?, sorted_names(&fd)?, fd)));
             let (status, names, fd) = match opened {
                 Ok(opened) => opened,
-                Err(error) => return Ok(Err(error.into())),
+                Err(error) => return Some(Err(error.into())),
             };
             visit(found(entry(path, Kind::Dir, &status), Some(fd.as_fd())))?;
-            return Ok(Ok(Some((fd, names))));
+            return Some(Ok(Some((fd, names))));
         }
         SFlag::S_IFREG => {
             let key = (status.st_dev, status.st_ino);
@@ -221,7 +242,7 @@ fn one<E: From<Error>>(
         SFlag::S_IFLNK => {
             let target = match readlinkat(parent, name) {
                 Ok(target) => target,
-                Err(error) => return Ok(Err(link_miss(error))),
+                Err(error) => return Some(Err(link_miss(error))),
             };
             if !excludes.matches_link(path, target.as_bytes()) {
                 let mut entry = entry(path, Kind::Symlink, &status);
@@ -231,10 +252,10 @@ fn one<E: From<Error>>(
         }
         // Nobody expects a socket back: its process is gone.
         SFlag::S_IFSOCK => {}
-        SFlag::S_IFIFO => return Ok(Err(Miss::LeftOut("it is a fifo"))),
-        _ => return Ok(Err(Miss::LeftOut("it is a device"))),
+        SFlag::S_IFIFO => return Some(Err(Miss::LeftOut("it is a fifo"))),
+        _ => return Some(Err(Miss::LeftOut("it is a device"))),
     }
-    Ok(Ok(None))
+    Some(Ok(None))
 }
 
 /// Why a link cannot be read: what is no link any more says EINVAL (readlink(2)).

@@ -76,9 +76,9 @@ impl S3 {
                 }
                 (list.sign(EXPIRY), HeaderMap::new())
             };
-            let (_, page) = self
+            let page = self
                 .remote
-                .send_and(Method::GET, action, Bytes::new(), ANSWER, |answer| {
+                .send_and(Method::GET, &action, Bytes::new(), ANSWER, |answer| {
                     let text = std::str::from_utf8(&answer.body).ok()?;
                     let page = ListObjectsV2::parse_response(text).ok()?;
                     let is_whole = page.contents.iter().all(|object| object.size.is_some());
@@ -113,9 +113,9 @@ impl Store for S3 {
                 let get = remote.bucket.get_object(Some(&remote.credentials), &object);
                 (get.sign(EXPIRY), HeaderMap::new())
             };
-            let (answer, ()) = self
+            let answer = self
                 .remote
-                .send(Method::GET, action, Bytes::new(), SMALL_OBJECT)
+                .send(Method::GET, &action, Bytes::new(), SMALL_OBJECT)
                 .await?;
             let tag = entity_tag(&answer)?;
             Ok((answer.body.to_vec(), tag))
@@ -138,7 +138,7 @@ impl Store for S3 {
             retry(self.remote.deadline, || async {
                 let answer = self
                     .remote
-                    .attempt(Method::GET, action, Bytes::new(), length.max(ANSWER))
+                    .attempt(Method::GET, &action, Bytes::new(), length.max(ANSWER))
                     .await
                     .map_err(|error| match error {
                         StoreError::Status { status: 416, .. } => StoreError::TooShort,
@@ -222,9 +222,9 @@ impl Store for S3 {
                     .head_object(Some(&remote.credentials), &object);
                 (head.sign(EXPIRY), HeaderMap::new())
             };
-            let (answer, ()) = self
+            let answer = self
                 .remote
-                .send(Method::HEAD, action, Bytes::new(), ANSWER)
+                .send(Method::HEAD, &action, Bytes::new(), ANSWER)
                 .await?;
             Ok((entity_tag(&answer)?, file_time(&answer)))
         })
@@ -241,7 +241,7 @@ impl Store for S3 {
             };
             let deleted = self
                 .remote
-                .send(Method::DELETE, action, Bytes::new(), ANSWER)
+                .send(Method::DELETE, &action, Bytes::new(), ANSWER)
                 .await;
             match deleted {
                 Ok(_) | Err(StoreError::NotFound) => Ok(()),
@@ -265,7 +265,7 @@ impl Store for S3 {
                         |remote: &Remote| uploads::abort(remote, &upload.object, &upload.id);
                     let aborted = self
                         .remote
-                        .send(Method::DELETE, action, Bytes::new(), ANSWER)
+                        .send(Method::DELETE, &action, Bytes::new(), ANSWER)
                         .await;
                     match aborted {
                         Ok(_) | Err(StoreError::NotFound) => removed += 1,

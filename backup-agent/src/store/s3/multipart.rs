@@ -72,7 +72,7 @@ impl Multipart {
             let action = |remote: &Remote| uploads::abort(remote, &object, &upload_id);
             // One try: there is no time for more, and the next prune removes the rest.
             remote
-                .attempt(Method::DELETE, action, Bytes::new(), ANSWER)
+                .attempt(Method::DELETE, &action, Bytes::new(), ANSWER)
                 .await?;
         }
         Ok(())
@@ -92,8 +92,8 @@ async fn create(remote: &Remote, object: &str) -> Result<String, StoreError> {
             .create_multipart_upload(Some(&remote.credentials), object);
         (create.sign(EXPIRY), HeaderMap::new())
     };
-    let (_, upload_id) = remote
-        .send_and(Method::POST, action, Bytes::new(), ANSWER, |answer| {
+    let upload_id = remote
+        .send_and(Method::POST, &action, Bytes::new(), ANSWER, |answer| {
             let text = std::str::from_utf8(&answer.body).ok()?;
             let parsed = CreateMultipartUpload::parse_response(text).ok()?;
             Some(parsed.upload_id().to_owned())
@@ -122,7 +122,7 @@ async fn put_part(
         put.headers_mut().insert(CONTENT_MD5, sum.as_str());
         (put.sign(EXPIRY), headers.clone())
     };
-    let (answer, ()) = remote.send(Method::PUT, action, bytes, ANSWER).await?;
+    let answer = remote.send(Method::PUT, &action, bytes, ANSWER).await?;
     entity_tag(&answer)
 }
 
@@ -146,7 +146,7 @@ async fn complete(
         (complete.sign(EXPIRY), HeaderMap::new())
     };
     let done = remote
-        .send_and(Method::POST, action, body.into(), ANSWER, |answer| {
+        .send_and(Method::POST, &action, body.into(), ANSWER, |answer| {
             let text = std::str::from_utf8(&answer.body).ok()?;
             text.contains("<CompleteMultipartUploadResult")
                 .then_some(())
@@ -161,10 +161,10 @@ async fn complete(
                 (head.sign(EXPIRY), HeaderMap::new())
             };
             remote
-                .send(Method::HEAD, action, Bytes::new(), ANSWER)
+                .send(Method::HEAD, &action, Bytes::new(), ANSWER)
                 .await?;
             Ok(())
         }
-        other => other.map(|_| ()),
+        other => other,
     }
 }

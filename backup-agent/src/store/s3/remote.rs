@@ -25,6 +25,11 @@ pub const EXPIRY: Duration = Duration::from_mins(15);
 /// Largest answer that is not an object: a page of a listing has at most 1,000 keys of at most 1 KiB, each in XML.
 pub const ANSWER: usize = 4 << 20;
 
+/// Signs a request: its address and headers.
+pub type Action<'a> = dyn Fn(&Remote) -> (Url, HeaderMap) + Sync + 'a;
+
+const WRONG_FORM: StoreError = StoreError::Protocol("it is not of the form that S3 gives it");
+
 /// What requests need, shared with the tasks that send parts.
 pub struct Remote {
     pub http: Http,
@@ -38,7 +43,7 @@ impl Remote {
     pub async fn attempt(
         &self,
         method: Method,
-        action: impl Fn(&Self) -> (Url, HeaderMap),
+        action: &Action<'_>,
         body: Bytes,
         limit: usize,
     ) -> Result<Response, StoreError> {
@@ -55,11 +60,11 @@ impl Remote {
     pub async fn send(
         &self,
         method: Method,
-        action: impl Fn(&Self) -> (Url, HeaderMap),
+        action: &Action<'_>,
         body: Bytes,
         limit: usize,
-    ) -> Result<(Response, ()), StoreError> {
-        self.send_and(method, action, body, limit, |_| Some(()))
+    ) -> Result<Response, StoreError> {
+        self.send_until(method, action, body, limit, &|_| true)
             .await
     }
 
@@ -67,21 +72,29 @@ impl Remote {
     pub async fn send_and<T>(
         &self,
         method: Method,
-        action: impl Fn(&Self) -> (Url, HeaderMap),
+        action: &Action<'_>,
         body: Bytes,
         limit: usize,
-        parse: impl Fn(&Response) -> Option<T>,
-    ) -> Result<(Response, T), StoreError> {
+        parse: impl Fn(&Response) -> Option<T> + Sync,
+    ) -> Result<T, StoreError> {
+        let is_right = |answer: &Response| parse(answer).is_some();
+        let answer = self.send_until(method, action, body, limit, &is_right);
+        parse(&answer.await?).ok_or(WRONG_FORM)
+    }
+
+    /// One function for all requests: the compiler would make a copy of it for each.
+    async fn send_until(
+        &self,
+        method: Method,
+        action: &Action<'_>,
+        body: Bytes,
+        limit: usize,
+        is_right: &(dyn Fn(&Response) -> bool + Sync),
+    ) -> Result<Response, StoreError> {
         retry(self.deadline, || async {
-            let answer = self
-                .attempt(method.clone(), &action, body.clone(), limit)
-                .await?;
-            match parse(&answer) {
-                Some(parsed) => Ok((answer, parsed)),
-                None => Err(StoreError::Protocol(
-                    "it is not of the form that S3 gives it",
-                )),
-            }
+            let answer = self.attempt(method.clone(), action, body.clone(), limit);
+            let answer = answer.await?;
+            is_right(&answer).then_some(answer).ok_or(WRONG_FORM)
         })
         .await
     }
@@ -106,8 +119,7 @@ impl Remote {
             }
             (put.sign(EXPIRY), headers.clone())
         };
-        let (answer, ()) = self.send(Method::PUT, action, bytes, ANSWER).await?;
-        Ok(answer)
+        self.send(Method::PUT, &action, bytes, ANSWER).await
     }
 }
 

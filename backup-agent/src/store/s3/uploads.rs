@@ -45,8 +45,8 @@ pub async fn list(remote: &Remote, prefix: &str) -> Result<Vec<Upload>, StoreErr
         let page: Page = instant_xml::from_str(std::str::from_utf8(body).ok()?).ok()?;
         Some(page.uploads)
     };
-    let (_, mut uploads) = remote
-        .send_and(Method::GET, action, Bytes::new(), ANSWER, |answer| {
+    let mut uploads = remote
+        .send_and(Method::GET, &action, Bytes::new(), ANSWER, |answer| {
             parse(&answer.body)
         })
         .await?;
