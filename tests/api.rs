@@ -339,7 +339,8 @@ fn backups_at_once_share_one_run_and_its_answer() {
             let answer = call.join().expect("answers");
             assert_eq!(answer.status, 200);
             let expected = json!({ "lastBackup": "2026-11-22T00:00:00.000Z", "snapshot": "shared", "unchanged": false,
-                "bytesUploaded": 5, "files": 2, "durationMs": 9, "pauseMs": null, "rounds": null });
+                "bytesUploaded": 5, "files": 2, "durationMs": 9, "pauseMs": null, "rounds": null, "consistency": null,
+                "consistencyReason": null, "skipped": null, "unread": null, "fork": false, "warning": null });
             assert_eq!(answer.body["data"], expected);
         }
     });
@@ -376,6 +377,8 @@ fn a_failed_backup_says_what_kind_of_failure_it_is() {
         (124, "timeout", 504, "timeout", None),
         (1, "internal", 500, "internal", None),
         (74, "local", 500, "internal", None),
+        (74, "root_lost", 409, "backup_disabled", None),
+        (74, "restore_unfinished", 409, "backup_disabled", None),
     ] {
         let setup = Setup::new();
         setup.agent("backup", &failure(exit, word));

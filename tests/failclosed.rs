@@ -253,7 +253,8 @@ fn told_to_start_anyway_it_starts_fresh_and_saves_beside_the_history() {
         .expect("it is named")
         .to_owned();
     tree::write(&supervisor.setup.root(), "fresh", "written later");
-    assert_eq!(supervisor.stop(), Some(0));
+    // The next boot does not restore it by itself.
+    assert_eq!(supervisor.stop(), Some(1));
     assert_eq!(
         place.head()["snapshot"],
         head["snapshot"],
@@ -348,4 +349,44 @@ fn a_head_that_lies_is_never_taken_for_an_empty_store() {
     let supervisor = setup(&place).start();
     until_held(&supervisor, "snapshots/20260102T030405006Z-89abcdef.json");
     assert_closed(&supervisor, &place, &before);
+}
+
+#[test]
+fn a_root_that_goes_away_while_the_runtime_runs_comes_back_and_no_emptiness_is_saved() {
+    let (place, snapshot) = place_with_a_snapshot();
+    let setup = setup(&place).with("RUNTIME_BACKUP_INTERVAL", "0");
+    let root = setup.root();
+    let volume = e2e::mount::tmpfs(&root, "mode=755");
+    let is_volume = volume.is_some();
+    let mut supervisor = setup.start();
+    supervisor.until_running(1);
+    tree::write(&root, "kept/since", "after the snapshot");
+    assert_eq!(supervisor.post("/v1/backup").status, 200);
+    // Detached, where this machine can mount one; removed at last.
+    drop(volume);
+    for losses in 1..=2 {
+        if losses == 2 || !is_volume {
+            fs::remove_dir_all(&root).expect("can remove it");
+        }
+        assert_eq!(supervisor.post("/v1/restart").status, 202);
+        supervisor.until_running(losses + 1);
+        let lost = supervisor.log().matches("the root is lost").count();
+        assert_eq!(lost, losses);
+        let since = fs::read(root.join("kept/since")).expect("it is back");
+        assert_eq!(since, b"after the snapshot");
+        assert_eq!(supervisor.post("/v1/backup").status, 200);
+    }
+    let head = place.head()["snapshot"].clone();
+    fs::remove_dir_all(&root).expect("can remove it");
+    // Nothing can be saved any more, and that is said.
+    assert_eq!(supervisor.stop(), Some(1));
+    assert!(supervisor.log().contains("\"final snapshot lost\""));
+    assert_eq!(place.head()["snapshot"], head);
+    assert_ne!(head, snapshot.as_str());
+    let list = Host::new(&place).json(&["list"]);
+    let rows = list["snapshots"].as_array().expect("it is a list");
+    assert!(
+        rows.iter().all(|row| row["files"].as_u64() > Some(0)),
+        "{list}"
+    );
 }

@@ -10,7 +10,7 @@ prefix=openclaw-runtime-test-$$
 token=$(od -An -N24 -tx1 /dev/urandom | tr -d ' \n')
 # What docs/image.md says is enough.
 capabilities=(--cap-drop ALL --security-opt no-new-privileges)
-for name in SETUID SETGID CHOWN KILL DAC_OVERRIDE FOWNER; do capabilities+=(--cap-add "$name"); done
+for name in SETUID SETGID CHOWN KILL DAC_OVERRIDE FOWNER SYS_PTRACE; do capabilities+=(--cap-add "$name"); done
 # Writes a tree with what is hard to put back, then behaves like a gateway that is never ready.
 stand_in=(-- sh -c 'test -e .openclaw/kept || { mkdir -p .openclaw/shut && echo kept >.openclaw/kept && chmod 0500 .openclaw/shut; }; exec sleep infinity')
 
@@ -62,6 +62,7 @@ eventually() {
         sleep 0.3
     done
 }
+snapshot_is() { request "$1" POST /v1/backup | grep -q "\"consistency\":\"$2\""; }
 kept() { inside "$1" test -e /data/.openclaw/kept; }
 logged() { docker logs "$prefix-$1" 2>&1 | grep -q -- "$2"; }
 exits_with() { [ "$(docker inspect -f '{{.State.ExitCode}}' "$prefix-$1")" = "$2" ]; }
@@ -79,8 +80,7 @@ is_the_gateways() {
 has_no_settings_of_ours() {
     local pid environment
     pid=$(request "$1" GET /v1/status | grep -o '"pid":[0-9]*' | cut -d: -f2)
-    # What `docker exec` starts has the container's own settings, so the gateway itself is asked about. Root may not: that
-    # would take SYS_PTRACE.
+    # What `docker exec` starts has the container's own settings, so the gateway itself is asked about, by its own user.
     environment=$(as_gateway "$1" cat "/proc/$pid/environ" | tr '\0' '\n')
     grep -q '^HOME=/data$' <<<"$environment" && ! grep -q '^RUNTIME_' <<<"$environment"
 }
@@ -95,6 +95,7 @@ for kind in overlay volume tmpfs; do
     run=(-v "$prefix-$kind:/store" "${place[@]}" "${capabilities[@]}" -e RUNTIME_GATEWAY_PREPARE=/bin/true "$image" "${stand_in[@]}")
     start "$kind" "${run[@]}"
     check "$kind: starts fresh on an empty store" eventually 20 kept "$kind"
+    check "$kind: a snapshot is of one instant" snapshot_is "$kind" instant
     docker stop "$prefix-$kind" >/dev/null
     check "$kind: docker stop ends in exit 0" exits_with "$kind" 0
     check "$kind: with a final snapshot" logged "$kind" '"backed up"'
@@ -122,6 +123,13 @@ check 'store unreachable: the API answers, restoring' eventually 10 status_has o
 check 'store unreachable: with the error' eventually 20 status_has offline '"error":"[^"]'
 docker stop "$prefix-offline" >/dev/null
 check 'store unreachable: docker stop still ends in exit 0' exits_with offline 0
+
+# What Docker gives by itself.
+start plain -e RUNTIME_GATEWAY_PREPARE=/bin/true "$image" "${stand_in[@]}"
+check 'without SYS_PTRACE: the gateway starts' eventually 20 kept plain
+check 'without SYS_PTRACE: the log names it' logged plain 'root lacks capabilities.*SYS_PTRACE'
+check 'without SYS_PTRACE: a snapshot is per-file' snapshot_is plain per-file
+check 'without SYS_PTRACE: status says why' status_has plain '"consistencyReason":"[^"]*SYS_PTRACE'
 
 start bare --cap-drop ALL "$image" "${stand_in[@]}"
 check 'without capabilities: status names them' eventually 10 status_has bare 'capabilities.*SETUID'

@@ -190,3 +190,98 @@ fn work_under_way_says_how_far_it_is() {
         "{log}"
     );
 }
+
+/// What each of `POST /v1/backup`, `backup` of the status and the log has about the last snapshot.
+fn told(supervisor: &e2e::supervisor::Supervisor) -> [Value; 3] {
+    let mut answer = supervisor.post("/v1/backup");
+    assert_eq!(answer.status, 200, "{answer:?}");
+    let log = supervisor.log();
+    let mut lines = log.lines().filter(|line| line.contains("\"backed up\""));
+    let line = lines.next_back().expect("it is logged");
+    let line = serde_json::from_str(line).expect("is JSON");
+    [
+        answer.body["data"].take(),
+        supervisor.status()["backup"].take(),
+        line,
+    ]
+}
+
+#[test]
+fn what_a_snapshot_lacks_is_in_the_answer_the_status_and_the_log() {
+    let setup = Setup::new();
+    let reason = "root lacks the capability SYS_PTRACE here (docker run --cap-add)";
+    let unread = json!({ "count": 2, "paths": ["a/b", "c"] });
+    let real = json!({ "snapshot": "s", "unchanged": false, "consistency": "per-file", "consistencyReason": reason,
+        "skipped": 3, "unread": unread, "fork": true, "warning": "the tree shrank", "rounds": 2, "pauseMs": 38 });
+    let mut unchanged = real.clone();
+    unchanged["unchanged"] = true.into();
+    unchanged["rounds"] = 0.into();
+    unchanged["pauseMs"] = Value::Null;
+    let mut good = real.clone();
+    good["consistency"] = "instant".into();
+    good["consistencyReason"] = Value::Null;
+    good["unread"] = json!({ "count": 0, "paths": [] });
+    good["skipped"] = 0.into();
+    good["fork"] = false.into();
+    good["warning"] = Value::Null;
+    let steps = [&real, &unchanged, &good, &real].map(|answer| json!({ "answer": answer }));
+    setup.agent("backup", &json!(steps));
+    let supervisor = setup.start();
+    supervisor.until_running(1);
+    let before = supervisor.status()["backup"].take();
+    assert_eq!(
+        (&before["consistency"], &before["unread"], &before["fork"]),
+        (&Value::Null, &Value::Null, &json!(false))
+    );
+
+    let warnings = || {
+        let log = supervisor.log();
+        let said = |text: &str| {
+            let lines = log.lines().filter(|line| line.contains("\"warn\""));
+            lines.filter(|line| line.contains(text)).count()
+        };
+        (said(reason), said("the tree shrank"))
+    };
+    for (answer, times) in [(&real, 1), (&unchanged, 1), (&good, 1), (&real, 2)] {
+        for (place, found) in ["answer", "status", "log"].iter().zip(told(&supervisor)) {
+            for name in ["consistency", "skipped", "unread", "fork"] {
+                assert_eq!(found[name], answer[name], "{name} in the {place}");
+            }
+            // The status keeps what the last real snapshot took.
+            let took = if *place == "status" { &real } else { answer };
+            let names = match *place {
+                "log" => ["rounds", "pause_ms"],
+                _ => ["rounds", "pauseMs"],
+            };
+            for (name, said) in names.iter().zip(["rounds", "pauseMs"]) {
+                assert_eq!(found[name], took[said], "{name} in the {place}");
+            }
+            if *place != "log" {
+                assert_eq!(found["warning"], answer["warning"]);
+                assert_eq!(found["consistencyReason"], answer["consistencyReason"]);
+            }
+        }
+        // Said when it comes up, not at each backup.
+        assert_eq!(warnings(), (times, times));
+    }
+}
+
+#[test]
+fn what_the_agent_says_is_bounded_before_it_is_kept() {
+    let setup = Setup::new();
+    let long = "x".repeat(20_000);
+    let paths = vec![long.clone(); 40];
+    setup.agent(
+        "backup",
+        &json!([{ "answer": { "snapshot": long, "time": long, "consistency": long, "consistencyReason": long,
+            "warning": long, "unread": { "count": 40, "paths": paths }, "files": long, "rounds": [long] } }]),
+    );
+    let supervisor = setup.start();
+    supervisor.until_running(1);
+    for found in told(&supervisor) {
+        let unread = &found["unread"];
+        assert_eq!(unread["count"], 40);
+        assert_eq!(unread["paths"].as_array().map(Vec::len), Some(16));
+        assert!(found.to_string().len() < 24 * 1024);
+    }
+}

@@ -11,8 +11,7 @@ use e2e::http;
 use e2e::supervisor::{Setup, Supervisor, TOKEN, children, failure, is_alive, is_root, snapshot};
 use e2e::wait::until;
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
 fn tell_gateway(supervisor: &Supervisor, path: &str) {
@@ -227,7 +226,10 @@ fn the_agent_sees_the_runtimes_settings_and_no_token() {
     let restore = supervisor.setup.agent_calls("restore").remove(0);
     let backup = supervisor.setup.agent_calls("backup").remove(0);
     assert_eq!(restore["arguments"], json!(["restore", "--json"]));
-    assert_eq!(backup["arguments"], json!(["backup", "--json"]));
+    assert_eq!(
+        backup["arguments"],
+        json!(["backup", "--confirm", "--json"])
+    );
     let environment = restore["environment"].as_object().expect("has one");
     assert!(
         environment.keys().all(|name| name.starts_with("RUNTIME_")),
@@ -497,14 +499,33 @@ fn a_failed_restore_is_tried_again_by_itself() {
 fn told_to_start_after_a_failed_restore_it_does_and_backs_up_to_a_fork() {
     let setup = Setup::new().with("RUNTIME_ON_RESTORE_FAILURE", "start");
     setup.agent("restore", &failure(11, "damaged"));
-    let supervisor = setup.start();
+    let mut supervisor = setup.start();
     supervisor.until_running(1);
     let status = supervisor.status();
     assert_eq!(status["restore"]["status"], "failed");
     assert_eq!(status["restore"]["error"], "the fake says damaged");
-    assert_eq!(supervisor.post("/v1/backup").status, 200);
+    assert_eq!(status["backup"]["fork"], true, "before the first one");
+    let answer = supervisor.post("/v1/backup");
+    // Whatever the agent says: it was told to make one.
+    assert_eq!(
+        (answer.status, &answer.body["data"]["fork"]),
+        (200, &json!(true))
+    );
     let call = supervisor.setup.agent_calls("backup").remove(0);
-    assert_eq!(call["arguments"], json!(["backup", "--fork", "--json"]));
+    assert_eq!(
+        call["arguments"],
+        json!(["backup", "--fork", "--confirm", "--json"])
+    );
+    let log = supervisor.log();
+    let mut lines = log.lines().filter(|line| line.contains("\"backed up\""));
+    assert!(lines.all(|line| line.contains("\"fork\":true")), "{log}");
+    assert_eq!(supervisor.status()["backup"]["fork"], true);
+    assert_eq!(supervisor.stop(), Some(1));
+    assert_final(
+        &supervisor,
+        "final snapshot not in the head",
+        "it is a fork",
+    );
 }
 
 #[test]
@@ -573,6 +594,9 @@ fn backups_run_on_schedule() {
     let status = supervisor.status();
     assert_eq!(status["lastBackup"], "2026-11-22T09:00:45.000Z");
     assert_eq!(status["backup"]["snapshot"], "snapshot-1");
+    // Nobody asked for it.
+    let call = supervisor.setup.agent_calls("backup").remove(0);
+    assert_eq!(call["arguments"], json!(["backup", "--json"]));
 }
 
 #[test]
@@ -590,8 +614,13 @@ fn a_fence_ends_the_schedule_but_not_the_gateway() {
     assert_eq!(status["backup"]["lastError"], "the fake says fenced");
     let refused = supervisor.post("/v1/backup");
     assert_eq!((refused.status, refused.code()), (409, "fenced"));
-    // Not at the shutdown either, which is a clean one.
-    assert_eq!(supervisor.stop(), Some(0));
+    // Not at the shutdown either: what was written since is lost.
+    assert_eq!(supervisor.stop(), Some(1));
+    assert_final(
+        &supervisor,
+        "final snapshot lost",
+        "another instance holds the head",
+    );
     assert_eq!(supervisor.setup.agent_calls("backup").len(), 1);
 }
 
@@ -609,27 +638,284 @@ fn an_agent_that_hangs_past_its_bound_is_stopped() {
     supervisor.setup.open_gate("never");
 }
 
-#[test]
-fn processes_that_a_dying_agent_left_stopped_go_on() {
-    let setup = Setup::new();
-    setup.agent("backup", &json!([{ "gate": "go", "aborts": true }]));
+// A root that is lost
+
+/// A supervisor whose gateway runs, and whose next restore waits at the gate `restore`.
+fn with_a_second_restore(setup: Setup) -> Supervisor {
+    let mut steps = failure(10, "no_snapshot");
+    let mut second = snapshot("snapshot-0");
+    second[0]["gate"] = "restore".into();
+    let steps_of = |steps: &mut Value| steps.as_array_mut().expect("is a list").pop();
+    let second = steps_of(&mut second).expect("has a step");
+    steps.as_array_mut().expect("is a list").push(second);
+    setup.agent("restore", &steps);
     let supervisor = setup.start();
-    let found = supervisor.until_running(1);
-    let pid = i32::try_from(found["pid"].as_i64().expect("is a pid")).expect("pids fit");
+    supervisor.until_running(1);
+    supervisor
+}
+
+/// Waits for the second restore; nothing is started and nothing saved before it is done.
+fn until_restoring_again(supervisor: &Supervisor, reason: &str) {
+    until("the second restore", || {
+        supervisor.setup.agent_calls("restore").len() == 2
+    });
+    let status = supervisor.until_gateway("restoring");
+    assert_eq!(status["gateway"]["pid"], Value::Null);
+    assert_eq!(status["restore"]["status"], "running");
+    let error = status["restore"]["error"].as_str().expect("is said");
+    assert!(error.contains(reason), "{error} does not say {reason}");
+    assert_eq!(status["backup"]["status"], "disabled");
+    let refused = supervisor.post("/v1/backup");
+    assert_eq!((refused.status, refused.code()), (409, "backup_disabled"));
+    assert_eq!(supervisor.setup.starts().len(), 1);
+    let log = supervisor.log();
+    let mut lines = log
+        .lines()
+        .filter(|line| line.contains("the root is lost: stopping and restoring"));
+    assert!(lines.any(|line| line.contains("\"error\"")), "{log}");
+}
+
+/// And what follows once it is.
+fn assert_restored(supervisor: &Supervisor) {
+    supervisor.setup.open_gate("restore");
+    supervisor.until_running(2);
+    let status = supervisor.status();
+    assert_eq!(
+        status["restore"],
+        json!({ "status": "done", "snapshot": "snapshot-0", "error": null, "progress": null })
+    );
+    assert_eq!(status["backup"]["snapshot"], "snapshot-0");
+    assert_eq!(supervisor.post("/v1/backup").status, 200);
+    assert_eq!(supervisor.setup.agent_calls("restore").len(), 2);
+}
+
+#[test]
+fn a_root_that_is_not_the_restored_one_is_restored_and_not_started_on() {
+    type Lose = fn(&Path);
+    const GONE: &str = "it is not there";
+    const ANOTHER: &str = "another directory is in its place";
+    let cases: [(&str, Lose, &str); 6] = [
+        (
+            "removed",
+            |root| fs::remove_dir_all(root).expect("can"),
+            GONE,
+        ),
+        (
+            "its parent removed",
+            |root| fs::remove_dir_all(root.parent().expect("has one")).expect("can"),
+            GONE,
+        ),
+        (
+            "its parent is a file",
+            |root| {
+                let parent = root.parent().expect("has one");
+                fs::remove_dir_all(parent).expect("can");
+                fs::write(parent, "").expect("can");
+            },
+            GONE,
+        ),
+        (
+            "a new one",
+            |root| {
+                fs::remove_dir_all(root).expect("can");
+                fs::create_dir(root).expect("can");
+            },
+            ANOTHER,
+        ),
+        (
+            "moved away and replaced",
+            |root| {
+                fs::rename(root, root.with_extension("old")).expect("can");
+                fs::create_dir(root).expect("can");
+            },
+            ANOTHER,
+        ),
+        (
+            "a file",
+            |root| {
+                fs::remove_dir_all(root).expect("can");
+                fs::write(root, "").expect("can");
+            },
+            ANOTHER,
+        ),
+    ];
+    for (name, lose, reason) in cases {
+        for is_crash in [false, true] {
+            let setup = Setup::new();
+            let root = setup.folder.path().join("volumes/root");
+            let setup = setup.with("RUNTIME_ROOT", &root.display().to_string());
+            let supervisor = with_a_second_restore(setup);
+            lose(&root);
+            if is_crash {
+                kill_gateway(&supervisor, 9);
+            } else {
+                assert_eq!(supervisor.post("/v1/restart").status, 202);
+            }
+            until_restoring_again(&supervisor, reason);
+            // The restore makes a root again.
+            let parent = root.parent().expect("has one");
+            for file in [parent, root.as_path()] {
+                if file.is_file() {
+                    fs::remove_file(file).expect(name);
+                }
+            }
+            assert_restored(&supervisor);
+        }
+    }
+}
+
+#[test]
+fn a_backup_that_says_that_only_a_restore_helps_stops_the_gateway_and_restores() {
+    for word in ["root_lost", "restore_unfinished"] {
+        let setup = Setup::new();
+        let script = setup.fake().join("prepare");
+        write_script(&script, "#!/bin/sh\ntouch \"$HOME/../prepared.$$\"\n");
+        let script = script.display().to_string();
+        let supervisor = with_a_second_restore(setup.with("RUNTIME_GATEWAY_PREPARE", &script));
+        let first = gateway_pid(&supervisor);
+        supervisor.setup.agent("backup", &failure(74, word));
+        let answer = supervisor.post("/v1/backup");
+        assert_eq!((answer.status, answer.code()), (409, "backup_disabled"));
+        assert_eq!(answer.body["error"], format!("the fake says {word}"));
+        until_restoring_again(&supervisor, word);
+        assert!(!is_alive(first));
+        supervisor.setup.agent("backup", &snapshot("snapshot-1"));
+        assert_restored(&supervisor);
+        let folder = fs::read_dir(supervisor.setup.folder.path()).expect("is ours");
+        let prepared = folder
+            .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+            .filter(|name| name.starts_with("prepared."));
+        assert_eq!(prepared.count(), 2, "before each first start");
+    }
+}
+
+#[test]
+fn a_root_that_cannot_be_looked_at_is_a_failed_start_and_no_restore() {
+    let setup = Setup::new();
+    let root = setup.root();
+    let supervisor = with_a_second_restore(setup);
+    // An error that is no absence.
+    let aside = root.with_extension("aside");
+    fs::rename(&root, &aside).expect("can move it");
+    std::os::unix::fs::symlink(&root, &root).expect("can link");
+    kill_gateway(&supervisor, 9);
+    until("the failed start", || {
+        supervisor.log().contains("\"cannot look at the root\"")
+    });
+    let status = supervisor.until_gateway("backoff");
+    assert_eq!(status["gateway"]["lastExit"]["code"], 126);
+    fs::remove_file(&root).expect("is the link");
+    fs::rename(&aside, &root).expect("can move it back");
+    supervisor.until_running(2);
+    assert_eq!(supervisor.setup.agent_calls("restore").len(), 1);
+}
+
+#[test]
+fn a_restore_after_a_lost_root_waits_for_the_backup_under_way() {
+    let setup = Setup::new();
+    setup.agent(
+        "backup",
+        &json!([{ "gate": "backup", "answer": { "snapshot": "of-a-moment-ago" } }]),
+    );
+    let root = setup.root();
+    let supervisor = with_a_second_restore(setup);
     std::thread::scope(|scope| {
         let call = scope.spawn(|| supervisor.post("/v1/backup"));
         until("the backup", || {
             supervisor.setup.agent_calls("backup").len() == 1
         });
-        kill(Pid::from_raw(pid), Signal::SIGSTOP).expect("is there");
-        supervisor.setup.open_gate("go");
+        fs::remove_dir_all(&root).expect("can remove it");
+        kill_gateway(&supervisor, 9);
+        let _ = supervisor.until_gateway("restoring");
+        assert_eq!(supervisor.setup.agent_calls("restore").len(), 1);
+        supervisor.setup.open_gate("backup");
         let answer = call.join().expect("answers");
-        assert_eq!((answer.status, answer.code()), (500, "internal"));
+        assert_eq!(answer.body["data"]["snapshot"], "of-a-moment-ago");
     });
-    until("the gateway to go on", || {
-        let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("is there");
-        !status.contains("(stopped)")
+    until_restoring_again(&supervisor, "it is not there");
+    assert_restored(&supervisor);
+}
+
+#[test]
+fn a_fenced_instance_that_loses_its_root_takes_nothing_over() {
+    let setup = Setup::new();
+    setup.agent("backup", &failure(12, "fenced"));
+    let root = setup.root();
+    let mut supervisor = with_a_second_restore(setup);
+    assert_eq!(supervisor.post("/v1/backup").code(), "fenced");
+    fs::remove_dir_all(root).expect("can remove it");
+    assert_eq!(supervisor.post("/v1/restart").status, 202);
+    until("the refusal", || {
+        supervisor.log().contains("\"restore refused\"")
     });
+    let status = supervisor.until_gateway("restoring");
+    assert_eq!(status["restore"]["status"], "failed");
+    let error = status["restore"]["error"].as_str().expect("is said");
+    assert!(error.contains("another instance holds the head"), "{error}");
+    assert_eq!(status["backup"]["status"], "fenced");
+    assert_eq!(supervisor.stop(), Some(1));
+    assert_eq!(supervisor.setup.agent_calls("restore").len(), 1);
+    assert_eq!(supervisor.setup.starts().len(), 1);
+}
+
+#[test]
+fn a_fork_that_is_refused_does_not_stop_a_gateway_that_was_started_without_a_restore() {
+    let setup = Setup::new().with("RUNTIME_ON_RESTORE_FAILURE", "start");
+    setup.agent("restore", &failure(11, "damaged"));
+    setup.agent("backup", &failure(74, "restore_unfinished"));
+    let supervisor = setup.start();
+    supervisor.until_running(1);
+    let pid = gateway_pid(&supervisor);
+    for _ in 0..2 {
+        let answer = supervisor.post("/v1/backup");
+        assert_eq!((answer.status, answer.code()), (409, "backup_disabled"));
+    }
+    assert_eq!(gateway_pid(&supervisor), pid);
+    assert_eq!(supervisor.setup.agent_calls("restore").len(), 1);
+    // Its own root is looked at all the same.
+    fs::remove_dir_all(supervisor.setup.root()).expect("can remove it");
+    assert_eq!(supervisor.post("/v1/backup").status, 409);
+    supervisor.until_running(2);
+    assert_eq!(supervisor.setup.agent_calls("restore").len(), 2);
+}
+
+#[test]
+fn a_shutdown_before_the_lost_root_is_back_says_that_something_is_lost() {
+    let setup = Setup::new();
+    let root = setup.root();
+    let mut supervisor = with_a_second_restore(setup);
+    fs::remove_dir_all(root).expect("can remove it");
+    assert_eq!(supervisor.post("/v1/restart").status, 202);
+    until_restoring_again(&supervisor, "it is not there");
+    assert_eq!(supervisor.stop(), Some(1));
+    assert_final(&supervisor, "final snapshot lost", "the root was lost");
+    assert!(supervisor.setup.agent_calls("backup").is_empty());
+}
+
+#[test]
+fn a_root_in_a_layer_of_an_image_stays_the_same_when_it_is_first_written_to() {
+    let setup = Setup::new();
+    let folder = setup.folder.path().join("layers");
+    for name in ["lower/root", "upper", "work"] {
+        fs::create_dir_all(folder.join(name)).expect("can make folders");
+    }
+    let layer = |name: &str| format!("{name}dir={}", folder.join(name).display());
+    let layers = ["lower", "upper", "work"].map(layer).join(",");
+    let merged = folder.join("merged");
+    let arguments = ["-t", "overlay", "-o", &layers, "overlay"];
+    let Some(_mounted) = e2e::mount::mount(&merged, &arguments) else {
+        return;
+    };
+    let root = merged.join("root");
+    let supervisor = setup
+        .with("RUNTIME_ROOT", &root.display().to_string())
+        .start();
+    supervisor.until_running(1);
+    fs::write(root.join("file"), "").expect("can write");
+    assert!(folder.join("upper/root/file").exists(), "it is an overlay");
+    assert_eq!(supervisor.post("/v1/restart").status, 202);
+    supervisor.until_running(2);
+    assert_eq!(supervisor.setup.agent_calls("restore").len(), 1);
 }
 
 // Prunes
@@ -732,16 +1018,70 @@ fn sigterm_stops_the_gateway_takes_the_final_snapshot_and_exits_0() {
     assert_eq!((late.status, late.code()), (503, "gateway_unavailable"));
     supervisor.setup.open_gate("go");
     assert_eq!(supervisor.wait().code(), Some(0));
-    assert_eq!(supervisor.setup.agent_calls("backup").len(), 1);
+    let calls = supervisor.setup.agent_calls("backup");
+    assert_eq!(calls.len(), 1);
+    assert_eq!(
+        calls[0]["arguments"],
+        json!(["backup", "--confirm", "--json"])
+    );
+}
+
+/// The error that says what became of the final snapshot, and why.
+fn assert_final(supervisor: &Supervisor, message: &str, reason: &str) {
+    let log = supervisor.log();
+    let mut lines = log
+        .lines()
+        .filter(|line| line.contains(message) && line.contains("\"error\""));
+    assert!(lines.any(|line| line.contains(reason)), "{log}");
 }
 
 #[test]
-fn a_final_snapshot_that_fails_shows_in_the_exit_code() {
-    let setup = Setup::new();
+fn a_final_snapshot_that_is_not_the_head_is_said_and_shows_in_the_exit_code() {
+    let shrunk =
+        json!([{ "answer": { "snapshot": "beside", "fork": true, "warning": "the tree shrank" } }]);
+    for (steps, message, reason) in [
+        (
+            failure(75, "store_unavailable"),
+            "final snapshot lost",
+            "the fake says store_unavailable",
+        ),
+        (
+            failure(74, "root_lost"),
+            "final snapshot lost",
+            "the fake says root_lost",
+        ),
+        (
+            failure(74, "restore_unfinished"),
+            "final snapshot lost",
+            "the fake says restore_unfinished",
+        ),
+        (
+            failure(12, "fenced"),
+            "final snapshot not in the head",
+            "the fake says fenced",
+        ),
+        (shrunk, "final snapshot not in the head", "it is a fork"),
+    ] {
+        let setup = Setup::new();
+        setup.agent("backup", &steps);
+        let mut supervisor = setup.start();
+        supervisor.until_running(1);
+        fs::write(supervisor.setup.root().join("file"), "").expect("can write");
+        assert_eq!(supervisor.stop(), Some(1));
+        assert_final(&supervisor, message, reason);
+        assert_eq!(supervisor.setup.agent_calls("restore").len(), 1);
+        assert_eq!(supervisor.setup.starts().len(), 1);
+    }
+}
+
+#[test]
+fn nothing_is_lost_when_there_was_nothing_to_save() {
+    let setup = Setup::new().command(&["no-such-command"]);
     setup.agent("backup", &failure(75, "store_unavailable"));
     let mut supervisor = setup.start();
-    supervisor.until_running(1);
-    assert_eq!(supervisor.stop(), Some(1));
+    supervisor.until_gateway("backoff");
+    assert_eq!(supervisor.stop(), Some(0));
+    assert!(!supervisor.log().contains("final snapshot"));
 }
 
 #[test]
@@ -763,6 +1103,7 @@ fn each_further_sigterm_cuts_the_wait_that_is_current() {
     assert!(!is_alive(gateway));
     supervisor.signal(Signal::SIGINT);
     assert_eq!(supervisor.wait().code(), Some(1));
+    assert_final(&supervisor, "final snapshot lost", "backup-agent");
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! When a backup or a prune runs, and who waits for it. Pure: the owner starts the runs, time is an argument.
 //!
 //! Invariants: at most one run at a time (single flight); none at all before a restore has succeeded or the store is known
-//! to be empty; none after another writer has taken the head. A prune follows a backup and is cut short for one that somebody
+//! to be empty, nor once the root is lost; none after another writer has taken the head. A prune follows a backup and is cut short for one that somebody
 //! waits for.
 
 use std::time::Duration;
@@ -32,7 +32,7 @@ pub struct Backups<R> {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Mode {
+pub enum Mode {
     Disabled,
     Enabled(Verb),
     Fenced,
@@ -76,6 +76,16 @@ impl<R> Backups<R> {
     pub fn fence(&mut self) {
         self.mode = Mode::Fenced;
         self.next = None;
+    }
+
+    /// The root is lost: nothing is saved before a restore succeeds. Returns whom to refuse; a run under way has its own end.
+    pub fn disable(&mut self) -> Vec<R> {
+        if self.mode != Mode::Fenced {
+            self.mode = Mode::Disabled;
+        }
+        self.next = None;
+        self.is_prune_due = false;
+        std::mem::take(&mut self.queued)
     }
 
     /// A call. Whoever is refused is handed back.
@@ -161,6 +171,15 @@ impl<R> Backups<R> {
     /// Whether a backup runs.
     pub fn is_running(&self) -> bool {
         matches!(self.running, Some(Verb::Backup | Verb::Fork))
+    }
+
+    /// Whether the backup that has just begun is not only a scheduled one: somebody waits for it, or it is the last.
+    pub fn is_asked(&self) -> bool {
+        self.is_running() && (!self.waiting.is_empty() || self.last == Last::Begun)
+    }
+
+    pub fn mode(&self) -> Mode {
+        self.mode
     }
 
     pub fn is_pruning(&self) -> bool {
@@ -285,6 +304,48 @@ mod tests {
         assert_eq!(backups.ask(2), Err((2, Refusal::Fenced)));
         assert_eq!(backups.begin(MINUTE * 9), None);
         assert_eq!(backups.word(), "fenced");
+    }
+
+    #[test]
+    fn a_lost_root_refuses_those_who_wait_until_a_restore_and_leaves_a_fence_alone() {
+        let mut backups = enabled();
+        backups.ask(1).expect("is enabled");
+        assert_eq!(backups.begin(MINUTE), Some(Verb::Backup));
+        backups.ask(2).expect("is enabled");
+        let mut scheduled = enabled();
+        assert_eq!(scheduled.begin(MINUTE), Some(Verb::Backup));
+        scheduled.ask(3).expect("is enabled");
+        assert_eq!(scheduled.disable(), [3]);
+
+        assert!(backups.disable().is_empty());
+        assert_eq!((backups.word(), backups.next()), ("disabled", None));
+        assert_eq!(backups.ask(4), Err((4, Refusal::Disabled)));
+        assert_eq!(backups.end(MINUTE, 0.5), [1, 2]);
+        assert_eq!(backups.begin(MINUTE * 9), None);
+        backups.enable(Verb::Backup, MINUTE * 9, 0.5);
+        assert_eq!(backups.begin(MINUTE * 10), Some(Verb::Backup));
+
+        let mut fenced = enabled();
+        fenced.fence();
+        fenced.disable();
+        assert_eq!(fenced.word(), "fenced");
+    }
+
+    #[test]
+    fn a_run_is_asked_for_by_a_call_or_by_the_end_and_not_by_the_schedule() {
+        let mut backups = enabled();
+        assert_eq!(backups.begin(MINUTE), Some(Verb::Backup));
+        assert!(!backups.is_asked());
+        backups.ask(1).expect("is enabled");
+        assert!(!backups.is_asked(), "its answer comes from the next run");
+        backups.end(MINUTE, 0.5);
+        assert_eq!(backups.begin(MINUTE), Some(Verb::Backup));
+        assert!(backups.is_asked());
+        backups.end(MINUTE, 0.5);
+        backups.ask_last();
+        assert!(!backups.is_asked());
+        assert_eq!(backups.begin(MINUTE), Some(Verb::Backup));
+        assert!(backups.is_asked());
     }
 
     #[test]

@@ -1,14 +1,15 @@
 //! Which of root's capabilities we lack. A container may be started without them; what then fails later fails for reasons
 //! that nobody would guess, so it is said at boot.
 
-/// What it takes to run the gateway as another user, with the numbers of capability.h and what fails without.
-const NEEDED: [(u32, &str, &str); 6] = [
+/// What it takes to run the gateway as another user and to save its tree, with the numbers of capability.h and what fails without.
+const NEEDED: [(u32, &str, &str); 7] = [
     (0, "CHOWN", "giving the root to the gateway's user"),
     (1, "DAC_OVERRIDE", "restoring over an old tree"),
     (3, "FOWNER", "restoring over an old tree"),
     (5, "KILL", "stopping the gateway"),
     (6, "SETGID", "becoming the gateway's user"),
     (7, "SETUID", "becoming the gateway's user"),
+    (19, "SYS_PTRACE", "taking snapshots of one instant"),
 ];
 
 /// The capabilities that this process lacks, and what will fail, each once.
@@ -37,14 +38,23 @@ mod tests {
 
     #[test]
     fn missing_capabilities_are_named() {
-        // Docker's own default has all of them.
         let dockers = effective("Name:\tx\nCapInh:\t0000000000000000\nCapEff:\t00000000a80425fb\n");
-        assert_eq!(dockers.map(judge), Some((Vec::new(), Vec::new())));
-        let (names, failing) = judge(0b1100_1011);
-        assert_eq!(
-            (names, failing),
-            (vec!["KILL"], vec!["stopping the gateway"])
-        );
+        for (set, names, failing) in [
+            // Docker's own default has all but one.
+            (
+                dockers.expect("is a set"),
+                vec!["SYS_PTRACE"],
+                vec!["taking snapshots of one instant"],
+            ),
+            (
+                0b1100_1011 | 1 << 19,
+                vec!["KILL"],
+                vec!["stopping the gateway"],
+            ),
+            (u64::MAX, vec![], vec![]),
+        ] {
+            assert_eq!(judge(set), (names, failing), "{set:x}");
+        }
         assert_eq!(effective("Name:\tx\n"), None);
     }
 }

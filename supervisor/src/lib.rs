@@ -7,6 +7,7 @@ mod capabilities;
 mod clock;
 mod config;
 mod error;
+mod final_snapshot;
 mod gateway;
 mod healthcheck;
 mod log;

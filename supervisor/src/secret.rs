@@ -58,8 +58,24 @@ pub struct Secrets(pub Vec<Secret>);
 const MAX_SENTENCE: usize = 400;
 
 impl Secrets {
+    /// Text of another program without any secret in it, cut to so many bytes.
+    pub fn take_out(&self, text: &str, most: usize) -> String {
+        let mut clean = self.without(text);
+        clean.truncate(clean.floor_char_boundary(most));
+        clean
+    }
+
     /// Text of another program as one bounded line without any secret in it.
     pub fn scrub(&self, text: &str) -> String {
+        self.without(text)
+            .trim()
+            .chars()
+            .map(|c| if c.is_control() { ' ' } else { c })
+            .take(MAX_SENTENCE)
+            .collect()
+    }
+
+    fn without(&self, text: &str) -> String {
         let mut clean = text.to_owned();
         for secret in &self.0 {
             if !secret.0.is_empty() {
@@ -67,11 +83,6 @@ impl Secrets {
             }
         }
         clean
-            .trim()
-            .chars()
-            .map(|c| if c.is_control() { ' ' } else { c })
-            .take(MAX_SENTENCE)
-            .collect()
     }
 }
 

@@ -4,7 +4,7 @@ use std::time::SystemTime;
 
 use serde_json::{Value, json};
 
-use crate::agent::Progress;
+use crate::agent::{Progress, Report};
 use crate::clock::rfc3339;
 use crate::config::Config;
 use crate::reaper::Exit;
@@ -33,8 +33,10 @@ pub struct Status {
     pub snapshot: Option<String>,
     pub backup_error: Option<(String, SystemTime)>,
     pub next_backup: Option<SystemTime>,
-    /// Of the last snapshot: how long the gateway was stopped for it, in how many rounds it was read. As the agent says.
-    pub pause: (Value, Value),
+    /// Of the last snapshot of this boot. The pause and the rounds stay when a run found nothing changed.
+    pub report: Report,
+    /// No restore has succeeded: all snapshots go beside the head.
+    pub is_forking: bool,
     pub backup_progress: Option<Progress>,
     pub restore_progress: Option<Progress>,
     pub restore: &'static str,
@@ -84,7 +86,8 @@ impl Status {
             snapshot: None,
             backup_error: None,
             next_backup: None,
-            pause: (Value::Null, Value::Null),
+            report: Report::default(),
+            is_forking: false,
             backup_progress: None,
             restore_progress: None,
             restore: "running",
@@ -100,7 +103,7 @@ impl Status {
             Some((error, at)) => (Some(error), Some(rfc3339(*at))),
             None => (None, None),
         };
-        json!({
+        let mut data = json!({
             "gateway": {
                 "status": self.gateway,
                 "pid": self.pid,
@@ -118,8 +121,6 @@ impl Status {
                 "lastError": error,
                 "lastErrorAt": error_at,
                 "nextAt": self.next_backup.map(rfc3339),
-                "pauseMs": self.pause.0,
-                "rounds": self.pause.1,
                 "progress": self.backup_progress.map(Progress::render),
             },
             "restore": {
@@ -132,7 +133,11 @@ impl Status {
             "container": { "instanceType": config.instance_type },
             "version": { "runtime": env!("CARGO_PKG_VERSION"), "openclaw": self.openclaw },
             "uptimeSeconds": uptime_seconds,
-        })
+        });
+        let backup = &mut data["backup"];
+        self.report.add_to(backup);
+        backup["fork"] = json!(self.report.fork || self.is_forking);
+        data
     }
 
     /// Nobody has checked what the gateway writes, so it is shown without anything that may be a secret.

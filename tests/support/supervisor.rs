@@ -25,7 +25,8 @@ pub const TOKEN: &str = "service-token-0123456789abcdefghij";
 pub fn snapshot(id: &str) -> Value {
     json!([{ "exit": 0, "answer": {
         "snapshot": id, "time": "2026-11-22T09:00:45.000Z", "unchanged": false, "bytesUploaded": 12, "files": 3,
-        "durationMs": 4, "consistency": "instant", "skipped": 0, "fork": false,
+        "durationMs": 4, "consistency": "instant", "consistencyReason": null, "rounds": 1, "pauseMs": 12, "skipped": 0,
+        "unread": { "count": 0, "paths": [] }, "fork": false, "warning": null,
     } }])
 }
 

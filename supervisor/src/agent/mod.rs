@@ -4,6 +4,7 @@
 //! The agent bounds its own time; here is only the backstop for one that hangs.
 
 mod outcome;
+mod report;
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -25,6 +26,7 @@ use crate::reaper::{Exit, Reaper, pid};
 use crate::stderr;
 use outcome::judge;
 pub use outcome::{Failure, Outcome, code};
+pub use report::Report;
 
 /// How much longer than its own bound the agent may take.
 const BACKSTOP: Duration = Duration::from_secs(10);
@@ -49,12 +51,15 @@ pub enum Verb {
 }
 
 impl Verb {
-    fn arguments(self) -> &'static [&'static str] {
-        match self {
-            Self::Restore => &["restore", "--json"],
-            Self::Backup => &["backup", "--json"],
-            Self::Fork => &["backup", "--fork", "--json"],
-            Self::Prune => &["prune", "--json"],
+    /// Who asks for a backup is told what the store has now, not what it had an hour ago.
+    fn arguments(self, is_asked: bool) -> &'static [&'static str] {
+        match (self, is_asked) {
+            (Self::Restore, _) => &["restore", "--json"],
+            (Self::Backup, false) => &["backup", "--json"],
+            (Self::Backup, true) => &["backup", "--confirm", "--json"],
+            (Self::Fork, false) => &["backup", "--fork", "--json"],
+            (Self::Fork, true) => &["backup", "--fork", "--confirm", "--json"],
+            (Self::Prune, _) => &["prune", "--json"],
         }
     }
 }
@@ -104,18 +109,19 @@ pub fn executable() -> io::Result<PathBuf> {
     Ok(std::env::current_exe()?.with_file_name("backup-agent"))
 }
 
-/// Starts a run; `tell` is called with how far it is, `done` with its outcome.
+/// Starts a run, which somebody asked for or waits for, or nobody; `tell` is called with how far it is, `done` with its outcome.
 pub fn start(
     config: &Config,
     reaper: &Reaper,
     executable: &PathBuf,
     verb: Verb,
+    is_asked: bool,
     tell: impl Fn(Progress) + Send + 'static,
     done: impl FnOnce(Outcome) + Send + 'static,
 ) -> Run {
     let mut command = Command::new(executable);
     command
-        .args(verb.arguments())
+        .args(verb.arguments(is_asked))
         .env_clear()
         .envs(
             config
@@ -178,7 +184,12 @@ pub fn start(
         Err(error) => {
             let error = format!("cannot execute backup-agent: {}", error.kind());
             // From a task, like every other outcome: the caller has not noted the run yet.
-            tokio::spawn(async move { done(Err(Failure { code: 1, error })) });
+            let failure = Failure {
+                code: 1,
+                error,
+                word: None,
+            };
+            tokio::spawn(async move { done(Err(failure)) });
             Run {
                 pid: None,
                 cancel: None,

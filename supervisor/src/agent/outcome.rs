@@ -20,15 +20,36 @@ pub mod code {
 pub struct Failure {
     pub code: i32,
     pub error: String,
+    pub word: Option<Word>,
+}
+
+/// The words of an answer that say more than the exit code: after these only a restore helps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Word {
+    /// The root is not the directory that the last restore or backup left.
+    RootLost,
+    /// A restore was killed or failed half-way.
+    RestoreUnfinished,
+}
+
+impl Word {
+    fn read(answer: &Value) -> Option<Self> {
+        match answer["code"].as_str()? {
+            "root_lost" => Some(Self::RootLost),
+            "restore_unfinished" => Some(Self::RestoreUnfinished),
+            _ => None,
+        }
+    }
 }
 
 pub type Outcome = Result<Value, Failure>;
 
 pub(super) fn judge(exit: Exit, is_late: bool, output: &[u8]) -> Outcome {
     let answer: Option<Value> = serde_json::from_slice(output).ok().filter(Value::is_object);
+    let word = answer.as_ref().and_then(Word::read);
     let failure = |code, error: &str| {
         let error = error.to_owned();
-        Err(Failure { code, error })
+        Err(Failure { code, error, word })
     };
     if is_late {
         return failure(
@@ -107,6 +128,15 @@ mod tests {
         ] {
             let failure = judge(exit, is_late, output.as_bytes()).expect_err("is a failure");
             assert_eq!((failure.code, failure.error.as_str()), expected);
+        }
+        for (word, expected) in [
+            ("root_lost", Some(Word::RootLost)),
+            ("restore_unfinished", Some(Word::RestoreUnfinished)),
+            ("local", None),
+        ] {
+            let output = format!(r#"{{"error":"gone","code":"{word}"}}"#);
+            let failure = judge(ended(74), false, output.as_bytes()).expect_err("is a failure");
+            assert_eq!((failure.code, failure.word), (74, expected));
         }
         let answer = judge(ended(0), false, br#"{"files":3}"#).expect("is an answer");
         assert_eq!(answer["files"], 3);

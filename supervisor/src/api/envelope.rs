@@ -28,7 +28,7 @@ pub enum Problem {
     MethodNotAllowed(&'static str),
     UnknownRequest,
     Fenced,
-    BackupDisabled,
+    BackupDisabled(String),
     GatewayUnavailable(String),
     StoreUnavailable(String),
     Timeout(String),
@@ -36,6 +36,13 @@ pub enum Problem {
 }
 
 impl Problem {
+    /// Before a restore has succeeded, and again once the root is lost.
+    pub fn not_restored() -> Self {
+        Self::BackupDisabled(
+            "no restore has succeeded yet, so a backup could hide good data".to_owned(),
+        )
+    }
+
     fn parts(&self) -> (StatusCode, &'static str, &str) {
         match self {
             Self::InvalidRequest(reason) => (StatusCode::BAD_REQUEST, "invalid_request", reason),
@@ -69,11 +76,7 @@ impl Problem {
                 "fenced",
                 "another instance has taken over this store; this one takes no more backups",
             ),
-            Self::BackupDisabled => (
-                StatusCode::CONFLICT,
-                "backup_disabled",
-                "no restore has succeeded yet, so a backup could hide good data",
-            ),
+            Self::BackupDisabled(reason) => (StatusCode::CONFLICT, "backup_disabled", reason),
             Self::GatewayUnavailable(reason) => (
                 StatusCode::SERVICE_UNAVAILABLE,
                 "gateway_unavailable",
@@ -129,6 +132,7 @@ impl From<Failure> for Problem {
             // Interrupted is: by our own shutdown. The next life takes the backup.
             code::UNREACHABLE | code::INTERRUPTED => Self::StoreUnavailable(failure.error),
             code::TIMEOUT => Self::Timeout(failure.error),
+            _ if failure.word.is_some() => Self::BackupDisabled(failure.error),
             _ => Self::Internal(failure.error),
         }
     }

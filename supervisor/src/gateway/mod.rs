@@ -6,6 +6,7 @@ pub mod files;
 pub mod probe;
 pub mod process;
 pub mod process_table;
+pub mod root;
 pub mod rpc;
 pub mod state;
 pub mod sweep;

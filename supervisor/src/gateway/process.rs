@@ -136,11 +136,14 @@ pub fn command(config: &Config, program: &OsStr, arguments: &[impl AsRef<OsStr>]
     command
 }
 
+/// What a shell reports for a program that is there and cannot be executed.
+pub const CANNOT_EXECUTE: i32 = 126;
+
 /// The exit code that a shell reports for a program that cannot be executed.
 pub fn exec_failure_code(error: &io::Error) -> i32 {
     match error.kind() {
         io::ErrorKind::NotFound => 127,
-        _ => 126,
+        _ => CANNOT_EXECUTE,
     }
 }
 

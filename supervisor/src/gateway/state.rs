@@ -11,6 +11,8 @@ pub struct State {
     pub phase: Phase,
     /// Crashes, or failed restores while restoring, in a row.
     pub failures: u32,
+    /// Roots lost in a row, forgotten like crashes.
+    pub losses: u32,
     /// Whether the prepare step has run since the restore (or there is none).
     pub prepared: bool,
 }
@@ -56,6 +58,7 @@ pub enum Then {
     Start,
     Wait,
     GiveUp,
+    Restore,
     Down,
 }
 
@@ -67,6 +70,8 @@ pub enum Event {
     Exited(Option<i32>),
     Ready,
     Swept,
+    /// The root is not the directory that the last restore left: only a restore helps.
+    RootLost,
     /// Time has passed; `deadline` says when this is due.
     Tick,
     Restart,
@@ -96,15 +101,17 @@ pub struct Policy {
     pub stop_grace: Duration,
     /// `RUNTIME_ON_RESTORE_FAILURE=hold`
     pub hold: bool,
+    pub has_prepare: bool,
 }
 
 impl State {
     /// At boot, with the restore under way.
-    pub fn boot(has_prepare: bool) -> Self {
+    pub fn boot(policy: &Policy) -> Self {
         Self {
             phase: Phase::Restoring,
             failures: 0,
-            prepared: !has_prepare,
+            losses: 0,
+            prepared: !policy.has_prepare,
         }
     }
 

@@ -64,29 +64,6 @@ pub fn is_clean(belongs: &Belongs) -> bool {
     children(except).is_ok_and(|left| left.is_empty())
 }
 
-/// Lets every process of the gateway go on, in case the agent ended while it held them for a snapshot. All of them: one that
-/// does not look stopped yet may be about to.
-pub async fn resume(belongs: Belongs) {
-    let mut pause = PAUSE;
-    loop {
-        match processes(&belongs) {
-            Ok(all) => {
-                for (pid, _) in all {
-                    let _ = kill(pid, Signal::SIGCONT);
-                }
-                return;
-            }
-            Err(error) => log!(
-                Warn,
-                "cannot look for processes",
-                reason = error.to_string()
-            ),
-        }
-        sleep(pause).await;
-        pause = (pause * 2).min(MAX_PAUSE);
-    }
-}
-
 /// Kills what there is and returns how many were there, at most a moment ago. After none, none will be.
 async fn kill_all(belongs: &Belongs, reaper: &Reaper) -> io::Result<usize> {
     let user = match belongs {

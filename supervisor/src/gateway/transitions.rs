@@ -1,7 +1,8 @@
 //! The life of the gateway as a table: `next(state, event)` is the next state and at most one thing to do.
 //!
 //! No clock, process or socket: time and randomness are arguments. The invariant that everything else leans on: a start
-//! (`Prepare`, `Spawn`) follows a restore or a finished sweep only, so two gateways never run on one tree.
+//! (`Prepare`, `Spawn`) follows a restore or a finished sweep only, so two gateways never run on one tree. So does a restore after
+//! the first one: no gateway runs on a tree that is being replaced.
 
 use std::time::Duration;
 
@@ -23,6 +24,14 @@ pub fn next(
     jitter: f64,
     policy: &Policy,
 ) -> (State, Option<Action>) {
+    let state = State {
+        losses: if is_stable(state.phase, now) {
+            0
+        } else {
+            state.losses
+        },
+        ..state
+    };
     let to = |phase| State { phase, ..state };
     let sweep = |then| (to(Phase::Sweeping { then }), Some(Action::Sweep));
     let stop = |then, action| {
@@ -68,9 +77,7 @@ pub fn next(
         (Phase::Starting { .. } | Phase::Running { .. }, Event::Exited(Some(78))) => {
             sweep(Then::GiveUp)
         }
-        (Phase::Running { since }, Event::Exited(_))
-            if now.saturating_sub(since) >= STABLE_AFTER =>
-        {
+        (Phase::Running { .. }, Event::Exited(_)) if is_stable(state.phase, now) => {
             let phase = Phase::Sweeping { then: Then::Wait };
             (
                 State {
@@ -88,6 +95,8 @@ pub fn next(
         (Phase::Preparing { until } | Phase::Starting { until }, Event::Tick) if now >= until => {
             stop(Then::Wait, Action::Terminate)
         }
+
+        (_, Event::RootLost) => lost(state, now, jitter, policy),
 
         (Phase::Stopping { then, .. }, Event::Exited(_)) => sweep(then),
         (Phase::Stopping { until, then }, Event::Tick) if now >= until => sweep(then),
@@ -175,6 +184,56 @@ fn start(state: State, now: Moment, policy: &Policy) -> (State, Option<Action>) 
     )
 }
 
+/// The gateway goes first, if it is up: it works in a tree that is not there any more. A restore or a shutdown that is under way
+/// goes on as it is.
+fn lost(state: State, now: Moment, jitter: f64, policy: &Policy) -> (State, Option<Action>) {
+    let then = Then::Restore;
+    let stopping = |until| Phase::Stopping { until, then };
+    let grace = now + policy.stop_grace;
+    let lost = State {
+        failures: 0,
+        losses: state.losses.saturating_add(1),
+        prepared: !policy.has_prepare,
+        ..state
+    };
+    let (phase, action) = match state.phase {
+        Phase::Restoring
+        | Phase::Held { .. }
+        | Phase::Down
+        | Phase::Stopping {
+            then: Then::Restore | Then::Down,
+            ..
+        }
+        | Phase::Sweeping {
+            then: Then::Restore | Then::Down,
+        } => return (state, None),
+        Phase::Preparing { .. } | Phase::Starting { .. } => {
+            (stopping(grace), Some(Action::Terminate))
+        }
+        Phase::Running { .. } => (stopping(grace), Some(Action::Ask)),
+        Phase::Stopping { until, .. } => (stopping(until), None),
+        Phase::Sweeping { .. } => (Phase::Sweeping { then }, None),
+        Phase::Backoff { .. } | Phase::Failed { .. } => return restore(lost, now, jitter),
+    };
+    (State { phase, ..lost }, action)
+}
+
+/// At once after the first loss. A gateway that removes its own root is not to load the store without end.
+fn restore(state: State, now: Moment, jitter: f64) -> (State, Option<Action>) {
+    let (phase, action) = match state.losses {
+        0 | 1 => (Phase::Restoring, Some(Action::Restore)),
+        losses => {
+            let until = now + backoff::RESTORE.delay(losses - 1, jitter);
+            (Phase::Held { until }, None)
+        }
+    };
+    (State { phase, ..state }, action)
+}
+
+fn is_stable(phase: Phase, now: Moment) -> bool {
+    matches!(phase, Phase::Running { since } if now.saturating_sub(since) >= STABLE_AFTER)
+}
+
 fn swept(
     state: State,
     then: Then,
@@ -202,6 +261,7 @@ fn swept(
             let phase = Phase::Failed { until };
             (State { phase, ..state }, None)
         }
+        Then::Restore => restore(state, now, jitter),
         Then::Down => {
             let phase = Phase::Down;
             (State { phase, ..state }, Some(Action::Finish))

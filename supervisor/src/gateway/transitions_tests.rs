@@ -6,6 +6,12 @@ const POLICY: Policy = Policy {
     startup_timeout: Duration::from_mins(3),
     stop_grace: Duration::from_secs(30),
     hold: true,
+    has_prepare: false,
+};
+
+const PREPARED: Policy = Policy {
+    has_prepare: true,
+    ..POLICY
 };
 
 /// Every row happens at this moment, without jitter.
@@ -24,6 +30,7 @@ const fn prepared(phase: Phase, failures: u32) -> State {
     State {
         phase,
         failures,
+        losses: 0,
         prepared: true,
     }
 }
@@ -47,7 +54,7 @@ const fn sweeping(then: Then) -> Phase {
 #[test]
 fn every_transition() {
     use Action::{Ask, Finish, Restore, Spawn, Sweep, Terminate};
-    use Event::{Exited, Ready, Restart, RestoreFailed, Restored, Shutdown, Swept};
+    use Event::{Exited, Ready, Restart, RestoreFailed, Restored, RootLost, Shutdown, Swept};
     use Phase::{Down, Restoring};
 
     #[rustfmt::skip]
@@ -103,6 +110,31 @@ fn every_transition() {
         (BACKOFF, Shutdown, Down, Some(Finish)),
         (FAILED, Restart, STARTING, Some(Spawn)),
         (FAILED, Shutdown, Down, Some(Finish)),
+        (BACKOFF, RootLost, Restoring, Some(Restore)),
+        (FAILED, RootLost, Restoring, Some(Restore)),
+
+        (PREPARING, RootLost, stopping(Then::Restore), Some(Terminate)),
+        (STARTING, RootLost, stopping(Then::Restore), Some(Terminate)),
+        (RUNNING, RootLost, stopping(Then::Restore), Some(Ask)),
+        (stopping(Then::Start), RootLost, stopping(Then::Restore), None),
+        (stopping(Then::Wait), RootLost, stopping(Then::Restore), None),
+        (stopping(Then::GiveUp), RootLost, stopping(Then::Restore), None),
+        (stopping(Then::Restore), RootLost, stopping(Then::Restore), None),
+        (stopping(Then::Restore), Exited(None), sweeping(Then::Restore), Some(Sweep)),
+        (stopping(Then::Restore), Restart, stopping(Then::Restore), None),
+        (stopping(Then::Restore), Shutdown, stopping(Then::Down), None),
+        (stopping(Then::Down), RootLost, stopping(Then::Down), None),
+        (sweeping(Then::Start), RootLost, sweeping(Then::Restore), None),
+        (sweeping(Then::Wait), RootLost, sweeping(Then::Restore), None),
+        (sweeping(Then::GiveUp), RootLost, sweeping(Then::Restore), None),
+        (sweeping(Then::Restore), RootLost, sweeping(Then::Restore), None),
+        (sweeping(Then::Restore), Swept, Restoring, Some(Restore)),
+        (sweeping(Then::Restore), Restart, sweeping(Then::Restore), None),
+        (sweeping(Then::Restore), Shutdown, sweeping(Then::Down), None),
+        (sweeping(Then::Down), RootLost, sweeping(Then::Down), None),
+        (Restoring, RootLost, Restoring, None),
+        (HELD, RootLost, HELD, None),
+        (Down, RootLost, Down, None),
         (Down, Restart, Down, None),
         (Down, Shutdown, Down, None),
         (Down, Restored, Down, None),
@@ -122,6 +154,7 @@ fn nothing_happens_before_a_deadline_and_the_right_thing_at_it() {
         (STARTING, stopping(Then::Wait), Terminate),
         (stopping(Then::Start), sweeping(Then::Start), Sweep),
         (stopping(Then::Down), sweeping(Then::Down), Sweep),
+        (stopping(Then::Restore), sweeping(Then::Restore), Sweep),
         (BACKOFF, STARTING, Spawn),
         (FAILED, STARTING, Spawn),
     ];
@@ -189,7 +222,7 @@ fn a_clean_exit_or_a_request_does_not_wait_after_crashes() {
 
 #[test]
 fn the_prepare_step_runs_until_it_succeeds_and_then_no_more() {
-    let (state, action) = next(State::boot(true), Event::Restored, NOW, 0.0, &POLICY);
+    let (state, action) = next(State::boot(&PREPARED), Event::Restored, NOW, 0.0, &POLICY);
     assert_eq!((state.phase, action), (PREPARING, Some(Action::Prepare)));
     let failed = crash(state);
     let (again, action) = next(failed, Event::Restart, NOW, 0.0, &POLICY);
@@ -203,7 +236,7 @@ fn the_prepare_step_runs_until_it_succeeds_and_then_no_more() {
 
 #[test]
 fn a_failed_restore_holds_unless_told_to_start() {
-    let mut state = State::boot(false);
+    let mut state = State::boot(&POLICY);
     for seconds in [1, 2, 4, 8, 16, 32, 60, 60] {
         let (held, action) = next(state, Event::RestoreFailed, NOW, 0.0, &POLICY);
         let until = NOW + at(seconds);
@@ -218,8 +251,67 @@ fn a_failed_restore_holds_unless_told_to_start() {
         hold: false,
         ..POLICY
     };
-    let (state, action) = next(State::boot(false), Event::RestoreFailed, NOW, 0.0, &start);
+    let (state, action) = next(State::boot(&POLICY), Event::RestoreFailed, NOW, 0.0, &start);
     assert_eq!((state.phase, action), (STARTING, Some(Action::Spawn)));
+}
+
+#[test]
+fn a_root_that_is_lost_again_and_again_waits_longer_and_longer_for_its_restore() {
+    let mut state = prepared(RUNNING, 3);
+    let mut waits = Vec::new();
+    for _ in 0..9 {
+        let (stopping, _) = next(state, Event::RootLost, NOW, 0.0, &POLICY);
+        let (sweeping, _) = next(stopping, Event::Exited(None), NOW, 0.0, &POLICY);
+        let (again, action) = next(sweeping, Event::Swept, NOW, 0.0, &POLICY);
+        waits.push(
+            again
+                .deadline()
+                .map_or(0, |until| until.saturating_sub(NOW).as_secs()),
+        );
+        let again = if let Phase::Held { until } = again.phase {
+            next(again, Event::Tick, until, 0.0, &POLICY).0
+        } else {
+            assert_eq!(action, Some(Action::Restore));
+            again
+        };
+        let (started, _) = next(again, Event::Restored, NOW, 0.0, &POLICY);
+        assert_eq!((started.phase, started.failures), (STARTING, 0));
+        // It crashes, which is the gateway's own affair.
+        state = crash(started);
+    }
+    assert_eq!(waits, [0, 1, 2, 4, 8, 16, 32, 60, 60]);
+
+    // A minute of readiness forgets them, however it ends.
+    for event in [Event::Exited(Some(0)), Event::Restart, Event::RootLost] {
+        let ready = State {
+            phase: Phase::Running { since: at(940) },
+            ..state
+        };
+        let (left, _) = next(ready, event, NOW, 0.0, &POLICY);
+        assert_eq!(
+            left.losses,
+            u32::from(event == Event::RootLost),
+            "{event:?}"
+        );
+    }
+}
+
+#[test]
+fn after_a_lost_root_the_prepare_step_runs_again() {
+    for phase in [
+        RUNNING,
+        BACKOFF,
+        sweeping(Then::Start),
+        stopping(Then::Wait),
+    ] {
+        let (state, _) = next(prepared(phase, 0), Event::RootLost, NOW, 0.0, &PREPARED);
+        let state = State {
+            phase: Phase::Restoring,
+            ..state
+        };
+        let (_, action) = next(state, Event::Restored, NOW, 0.0, &PREPARED);
+        assert_eq!(action, Some(Action::Prepare), "{phase:?}");
+    }
 }
 
 fn crash(state: State) -> State {

@@ -1,7 +1,5 @@
 //! The owner's hands on the gateway: starting it, hearing of its end, asking it to go, and sweeping up after it.
 
-use std::fs;
-use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
 use std::process::{ChildStderr, Command, Stdio};
 use std::time::Duration;
 
@@ -15,7 +13,7 @@ use super::{Event, Owner};
 use crate::api::envelope::Problem;
 use crate::gateway::process_table::Belongs;
 use crate::gateway::state::{self, Phase, Then};
-use crate::gateway::{files, probe, process, rpc, sweep};
+use crate::gateway::{files, probe, process, root, rpc, sweep};
 use crate::log::log;
 use crate::reaper::{Exit, pid};
 use crate::status::LastExit;
@@ -32,28 +30,44 @@ pub(super) struct Process {
 }
 
 impl Owner {
-    /// A tree that does not exist yet, or a fresh volume that belongs to root, becomes the gateway's.
-    pub(super) fn ready_root(&self) {
-        let (root, user) = (&self.config.root, &self.config.user);
-        let made = fs::DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(root);
-        let given = made.and_then(|()| {
-            let us = nix::unistd::geteuid();
-            if us.is_root() && user.is_apart() && fs::symlink_metadata(root)?.uid() == us.as_raw() {
-                let (uid, gid) = (user.uid.as_raw(), user.gid.as_raw());
-                std::os::unix::fs::lchown(root, Some(uid), Some(gid))?;
-            }
-            Ok(())
-        });
-        if let Err(error) = given {
-            log!(
-                Error,
-                "the root cannot be made ready",
-                reason = error.to_string()
-            );
+    /// Before a start. The first one since a restore makes the root where there is none; each later one finds that same root,
+    /// or nothing is started.
+    pub(super) fn ready_root(&mut self) -> Option<state::Event> {
+        let path = &self.config.root;
+        if self.root.is_none()
+            && let Err(error) = root::make(path, &self.config.user)
+        {
+            let reason = error.to_string();
+            log!(Error, "the root cannot be made ready", reason = reason);
         }
+        let reason = match (root::identify(path), self.root) {
+            (Ok(Some(found)), None) => {
+                self.root = Some(found);
+                return None;
+            }
+            (Ok(Some(found)), Some(known)) if known.is_same(&found) => return None,
+            // It was just tried to make it.
+            (Ok(None), None) => return Some(self.not_started(process::CANNOT_EXECUTE)),
+            (Err(error), _) => {
+                let reason = error.to_string();
+                log!(Error, "cannot look at the root", reason = reason);
+                return Some(self.not_started(process::CANNOT_EXECUTE));
+            }
+            (Ok(None), Some(_)) => "it is not there: it was removed, or its volume is detached",
+            (Ok(Some(_)), Some(_)) => "another directory is in its place",
+        };
+        self.lose_root(reason);
+        Some(state::Event::RootLost)
+    }
+
+    /// Notes an end without a beginning.
+    fn not_started(&mut self, code: i32) -> state::Event {
+        let exit = Exit {
+            code: Some(code),
+            signal: None,
+        };
+        self.status.last_exit = Some(LastExit::now(exit, false));
+        state::Event::Exited(Some(code))
     }
 
     pub(super) fn spawn(&mut self, mut command: Command, is_gateway: bool) -> Option<state::Event> {
@@ -63,6 +77,7 @@ impl Owner {
         match self.reaper.spawn(&mut command) {
             Ok((mut child, exit)) => {
                 let pid = pid(&child);
+                self.has_run = true;
                 self.relay(child.stderr.take());
                 log!(Info, "started", pid = pid.as_raw(), is_gateway = is_gateway);
                 let events = self.events.clone();
@@ -94,12 +109,7 @@ impl Owner {
                     program = program,
                     reason = error.to_string()
                 );
-                let exit = Exit {
-                    code: Some(code),
-                    signal: None,
-                };
-                self.status.last_exit = Some(LastExit::now(exit, false));
-                Some(state::Event::Exited(Some(code)))
+                Some(self.not_started(code))
             }
         }
     }

@@ -19,13 +19,15 @@ use tokio::sync::{oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep_until, timeout};
 
-use crate::agent::{Outcome, Progress, Run, Verb};
+use crate::agent::{Failure, Outcome, Progress, Run, Verb};
 use crate::api::envelope::Problem;
 use crate::backups::{Backups, Refusal};
 use crate::clock::Moment;
 use crate::config::Config;
+use crate::final_snapshot::{Tree, loss};
+use crate::gateway::root::Identity;
 use crate::gateway::state::{self, Action, Phase, Policy, State};
-use crate::gateway::{process, transitions};
+use crate::gateway::{process, root, transitions};
 use crate::log::log;
 use crate::oom::Kills;
 use crate::reaper::{Exit, Reaper};
@@ -78,7 +80,14 @@ pub struct Owner {
     backups: Backups<oneshot::Sender<BackupAnswer>>,
     run: Option<Run>,
     next_backup: Option<Moment>,
-    is_final_snapshot_lost: bool,
+    /// The root as the first start since the last restore found it.
+    root: Option<Identity>,
+    /// A restore waits for the run under way.
+    is_restore_due: bool,
+    /// Whether anything of the gateway was started in this life.
+    has_run: bool,
+    /// The last backup that ended after the gateway had gone, and whether it is a fork.
+    last_ended: Option<Result<bool, Failure>>,
 }
 
 impl Owner {
@@ -93,9 +102,10 @@ impl Owner {
             startup_timeout: config.startup_timeout,
             stop_grace: config.stop_grace,
             hold: config.hold,
+            has_prepare: config.prepare.is_some(),
         };
         let backups = Backups::new(config.backup_interval);
-        let state = State::boot(config.prepare.is_some());
+        let state = State::boot(&policy);
         Self {
             config,
             agent,
@@ -114,7 +124,10 @@ impl Owner {
             backups,
             run: None,
             next_backup: None,
-            is_final_snapshot_lost: false,
+            root: None,
+            is_restore_due: false,
+            has_run: false,
+            last_ended: None,
         }
     }
 
@@ -122,13 +135,13 @@ impl Owner {
     pub async fn run(mut self, mut inbox: UnboundedReceiver<Event>) -> bool {
         self.act(Action::Restore);
         loop {
-            self.begin_backup();
+            self.begin_run();
             self.publish();
             if self.state.phase == Phase::Down && self.run.is_none() && self.backups.is_over() {
                 if let Some(relay) = self.relay.take() {
                     let _ = timeout(LAST_WORDS, relay).await;
                 }
-                return !self.is_final_snapshot_lost;
+                return self.is_saved();
             }
             // A backup that is due waits for a sweep or a prune, whose ends are events.
             let is_held = self.is_sweeping() || self.backups.is_pruning();
@@ -152,7 +165,7 @@ impl Owner {
             Event::Backup(reply) => {
                 if let Err((reply, refusal)) = self.backups.ask(reply) {
                     let _ = reply.send(Err(match refusal {
-                        Refusal::Disabled => Problem::BackupDisabled,
+                        Refusal::Disabled => Problem::not_restored(),
                         Refusal::Fenced => Problem::Fenced,
                     }));
                 }
@@ -171,7 +184,9 @@ impl Owner {
             Event::Swept => self.step(state::Event::Swept),
             Event::AgentProgressed(verb, progress) => self.progressed(verb, progress),
             Event::AgentEnded(Verb::Restore, outcome) => self.restored(outcome),
-            Event::AgentEnded(Verb::Backup | Verb::Fork, outcome) => self.backed_up(outcome),
+            Event::AgentEnded(verb @ (Verb::Backup | Verb::Fork), outcome) => {
+                self.backed_up(verb, outcome);
+            }
             Event::AgentEnded(Verb::Prune, outcome) => self.pruned(outcome),
         }
     }
@@ -210,19 +225,19 @@ impl Owner {
     /// Carries out one action; some have a result at once.
     fn act(&mut self, action: Action) -> Option<state::Event> {
         match action {
-            Action::Restore => {
-                self.status.restore = "running";
-                self.start_agent(Verb::Restore);
-                None
-            }
+            Action::Restore => self.restore(),
             Action::Prepare => {
-                self.ready_root();
+                if let Some(event) = self.ready_root() {
+                    return Some(event);
+                }
                 let script = self.config.prepare.clone().unwrap_or_default();
                 let command = process::command(&self.config, script.as_os_str(), &[""; 0]);
                 self.spawn(command, false)
             }
             Action::Spawn => {
-                self.ready_root();
+                if let Some(event) = self.ready_root() {
+                    return Some(event);
+                }
                 self.starts += 1;
                 let config = &self.config;
                 let (program, arguments) = config.command.split_first()?;
@@ -234,9 +249,11 @@ impl Owner {
                 None
             }
             Action::Terminate => {
-                if let Some(process) = &self.process {
-                    self.reaper.signal(process.pid, Signal::SIGTERM);
-                }
+                let Some(process) = &self.process else {
+                    // It was not started: the root is lost.
+                    return Some(state::Event::Exited(None));
+                };
+                self.reaper.signal(process.pid, Signal::SIGTERM);
                 None
             }
             Action::Sweep => self.sweep(),
@@ -249,6 +266,28 @@ impl Owner {
                 None
             }
         }
+    }
+
+    /// Whether the next boot restores what this life leaves; if not, that is said.
+    fn is_saved(&self) -> bool {
+        let tree = match (self.has_run, root::is_empty(&self.config.root)) {
+            (true, _) => Tree::Used,
+            (false, true) => Tree::Nothing,
+            (false, false) => Tree::Unused,
+        };
+        let Some(loss) = loss(self.last_ended.as_ref(), self.backups.mode(), tree) else {
+            return true;
+        };
+        if loss.is_fork() {
+            log!(
+                Error,
+                "final snapshot not in the head",
+                reason = loss.reason()
+            );
+        } else {
+            log!(Error, "final snapshot lost", reason = loss.reason());
+        }
+        false
     }
 
     /// Each signal cuts the wait that is current: the gateway's grace first, then the agent.

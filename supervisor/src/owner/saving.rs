@@ -5,11 +5,19 @@ use std::time::SystemTime;
 use serde_json::{Value, json};
 
 use super::{Event, Owner, jitter};
-use crate::agent::{self, Failure, Outcome, Progress, Verb, code};
+use crate::agent::{self, Failure, Outcome, Progress, Report, Verb, code};
 use crate::api::envelope::Problem;
+use crate::backups::Mode;
+use crate::gateway::root;
 use crate::gateway::state::{self, Phase};
-use crate::gateway::sweep;
 use crate::log::log;
+
+/// For an id or a time that the agent gives.
+const MAX_TEXT: usize = 1024;
+
+/// A restore claims the head, and whoever holds it would be fenced in turn.
+const HELD_BY_ANOTHER: &str =
+    "the root is lost and another instance holds the head: only a new boot may take that over";
 
 impl Owner {
     pub(super) fn cancel_agent(&mut self) {
@@ -19,7 +27,39 @@ impl Owner {
         }
     }
 
-    pub(super) fn start_agent(&mut self, verb: Verb) {
+    /// Begins as soon as the run under way has ended: a backup may hold what the root had a moment ago.
+    pub(super) fn restore(&mut self) -> Option<state::Event> {
+        if self.backups.mode() == Mode::Fenced {
+            log!(Error, "restore refused", reason = HELD_BY_ANOTHER);
+            self.root = None;
+            self.status.restore = "failed";
+            self.status.restore_error = Some(HELD_BY_ANOTHER.to_owned());
+            return Some(state::Event::RestoreFailed);
+        }
+        self.status.restore = "running";
+        self.is_restore_due = true;
+        if self.backups.is_pruning() {
+            self.cancel_agent();
+        }
+        None
+    }
+
+    /// From here until a restore succeeds nothing is saved; the event `RootLost` is to follow.
+    pub(super) fn lose_root(&mut self, reason: &str) {
+        log!(
+            Error,
+            "the root is lost: stopping and restoring",
+            root = self.config.root.display().to_string(),
+            reason = reason
+        );
+        self.status.restore = "running";
+        self.status.restore_error = Some(format!("the root is lost: {reason}"));
+        for reply in self.backups.disable() {
+            let _ = reply.send(Err(Problem::not_restored()));
+        }
+    }
+
+    fn start_agent(&mut self, verb: Verb) {
         let events = self.events.clone();
         let told = self.events.clone();
         let tell = move |progress| drop(told.send(Event::AgentProgressed(verb, progress)));
@@ -29,6 +69,7 @@ impl Owner {
             &self.reaper,
             &self.agent,
             verb,
+            self.backups.is_asked(),
             tell,
             done,
         ));
@@ -49,12 +90,14 @@ impl Owner {
         if self.state.phase == Phase::Down {
             return;
         }
+        self.root = None;
         let event = match outcome {
             Ok(answer) => {
                 self.status.restore = "done";
-                self.status.restored = text(&answer["snapshot"]);
-                self.status.snapshot = text(&answer["snapshot"]);
-                self.status.last_backup = text(&answer["time"]);
+                self.status.restored = self.text(&answer["snapshot"]);
+                self.status.snapshot = self.status.restored.clone();
+                self.status.last_backup = self.text(&answer["time"]);
+                self.status.report = Report::default();
                 log!(
                     Info,
                     "restored",
@@ -70,7 +113,7 @@ impl Owner {
                 log!(Info, "the store is empty, starting fresh");
                 state::Event::Restored
             }
-            Err(Failure { code, error }) => {
+            Err(Failure { code, error, .. }) => {
                 log!(Error, "restore failed", code = code, reason = error.clone());
                 self.status.restore = "failed";
                 self.status.restore_error = Some(error);
@@ -87,7 +130,11 @@ impl Owner {
     }
 
     /// Starts the run that is due. Not during a sweep: that might take the young agent for one of the gateway's.
-    pub(super) fn begin_backup(&mut self) {
+    pub(super) fn begin_run(&mut self) {
+        if self.state.phase == Phase::Restoring && self.is_restore_due && self.run.is_none() {
+            self.is_restore_due = false;
+            self.start_agent(Verb::Restore);
+        }
         if self.backups.is_pruning() && self.backups.is_awaited() {
             // Whatever it has not removed is removed by the next one.
             self.cancel_agent();
@@ -100,63 +147,129 @@ impl Owner {
         }
     }
 
-    pub(super) fn backed_up(&mut self, outcome: Outcome) {
+    pub(super) fn backed_up(&mut self, verb: Verb, outcome: Outcome) {
         self.run = None;
         self.status.backup_progress = None;
-        let answer = match outcome {
+        let lost = match &outcome {
+            Err(failure) if self.is_root_lost(failure) => Some(failure.error.clone()),
+            _ => None,
+        };
+        let (answer, ended) = match outcome {
             Ok(answer) => {
-                let known = (self.status.last_backup.take(), self.status.snapshot.take());
-                self.status.last_backup = text(&answer["time"]).or(known.0);
-                self.status.snapshot = text(&answer["snapshot"]).or(known.1);
-                self.status.backup_error = None;
-                if answer["unchanged"] != true {
-                    self.status.pause = (answer["pauseMs"].clone(), answer["rounds"].clone());
-                }
-                log!(
-                    Info,
-                    "backed up",
-                    snapshot = self.status.snapshot.clone(),
-                    unchanged = answer["unchanged"].clone(),
-                    files = answer["files"].clone(),
-                    bytes_uploaded = answer["bytesUploaded"].clone(),
-                    duration_ms = answer["durationMs"].clone(),
-                    pause_ms = answer["pauseMs"].clone(),
-                    rounds = answer["rounds"].clone(),
-                );
-                self.backups.saved(self.now());
-                Ok(json!({
-                    "lastBackup": self.status.last_backup,
-                    "snapshot": self.status.snapshot,
-                    "unchanged": answer["unchanged"],
-                    "bytesUploaded": answer["bytesUploaded"],
-                    "files": answer["files"],
-                    "durationMs": answer["durationMs"],
-                    "pauseMs": answer["pauseMs"],
-                    "rounds": answer["rounds"],
-                }))
+                let mut report = Report::read(&answer, &self.config.secrets);
+                report.fork |= verb == Verb::Fork;
+                let fork = report.fork;
+                (Ok(self.saved(&answer, report)), Ok(fork))
             }
             Err(failure) => {
-                log!(
-                    Error,
-                    "backup failed",
-                    code = failure.code,
-                    reason = failure.error.clone()
-                );
-                self.status.backup_error = Some((failure.error.clone(), SystemTime::now()));
-                // It may have ended while it held the gateway still.
-                tokio::spawn(sweep::resume(self.belongs()));
-                if failure.code == code::FENCED {
-                    self.backups.fence();
-                }
-                Err(Problem::from(failure))
+                self.not_saved(&failure);
+                (Err(Problem::from(failure.clone())), Err(failure))
             }
         };
         if self.state.phase == Phase::Down {
-            self.is_final_snapshot_lost = answer.is_err() && self.backups.word() != "fenced";
+            self.last_ended = Some(ended);
         }
         for reply in self.backups.end(self.now(), jitter()) {
             let _ = reply.send(answer.clone());
         }
+        if let Some(reason) = lost {
+            self.lose_root(&reason);
+            self.step(state::Event::RootLost);
+        }
+    }
+
+    /// What is kept and told of a run that succeeded.
+    fn saved(&mut self, answer: &Value, report: Report) -> Value {
+        self.status.last_backup = self
+            .text(&answer["time"])
+            .or(self.status.last_backup.take());
+        self.status.snapshot = self
+            .text(&answer["snapshot"])
+            .or(self.status.snapshot.take());
+        self.status.backup_error = None;
+        let unchanged = answer["unchanged"].as_bool();
+        let number = |name: &str| answer[name].as_u64();
+        let mut told = json!({
+            "lastBackup": self.status.last_backup,
+            "snapshot": self.status.snapshot,
+            "unchanged": unchanged,
+            "bytesUploaded": number("bytesUploaded"),
+            "files": number("files"),
+            "durationMs": number("durationMs"),
+        });
+        report.add_to(&mut told);
+        log!(
+            Info,
+            "backed up",
+            snapshot = self.status.snapshot.clone(),
+            unchanged = unchanged,
+            files = number("files"),
+            bytes_uploaded = number("bytesUploaded"),
+            duration_ms = number("durationMs"),
+            consistency = report.consistency.clone(),
+            skipped = report.skipped,
+            unread = report.unread(),
+            fork = report.fork,
+            pause_ms = report.pause_ms,
+            rounds = report.rounds,
+        );
+        self.warn(&report);
+        let last = std::mem::replace(&mut self.status.report, report);
+        if unchanged == Some(true) {
+            self.status.report.pause_ms = last.pause_ms;
+            self.status.report.rounds = last.rounds;
+        }
+        self.backups.saved(self.now());
+        told
+    }
+
+    /// Once, and not again before it is another one: backups come every few seconds.
+    fn warn(&self, report: &Report) {
+        let last = &self.status.report;
+        if let Some(reason) = &report.consistency_reason
+            && last.consistency_reason.as_ref() != Some(reason)
+        {
+            log!(
+                Warn,
+                "snapshots are not of one instant",
+                reason = reason.as_str()
+            );
+        }
+        if let Some(warning) = &report.warning
+            && last.warning.as_ref() != Some(warning)
+        {
+            log!(
+                Warn,
+                "the snapshot needs attention",
+                warning = warning.as_str()
+            );
+        }
+    }
+
+    fn not_saved(&mut self, failure: &Failure) {
+        log!(
+            Error,
+            "backup failed",
+            code = failure.code,
+            reason = failure.error.clone()
+        );
+        self.status.backup_error = Some((failure.error.clone(), SystemTime::now()));
+        if failure.code == code::FENCED {
+            self.backups.fence();
+        }
+    }
+
+    /// Whether only a restore helps. Forks are taken of a tree that no restore made: there our own eyes decide, or the gateway
+    /// would be stopped after each of them.
+    fn is_root_lost(&self, failure: &Failure) -> bool {
+        let is_restoring = matches!(self.state.phase, Phase::Restoring | Phase::Held { .. });
+        let is_another = || match (root::identify(&self.config.root), self.root) {
+            (Ok(found), Some(known)) => !found.is_some_and(|found| known.is_same(&found)),
+            _ => false,
+        };
+        failure.word.is_some()
+            && !is_restoring
+            && (self.backups.mode() == Mode::Enabled(Verb::Backup) || is_another())
     }
 
     /// A prune that fails is tried again in an hour, and no backup is the worse for it.
@@ -173,13 +286,13 @@ impl Owner {
             Err(Failure { code, .. }) if code == code::INTERRUPTED => {
                 log!(Info, "prune cut short");
             }
-            Err(Failure { code, error }) => {
+            Err(Failure { code, error, .. }) => {
                 log!(Warn, "prune failed", code = code, reason = error);
             }
         }
     }
-}
 
-fn text(value: &Value) -> Option<String> {
-    value.as_str().map(str::to_owned)
+    fn text(&self, value: &Value) -> Option<String> {
+        Some(self.config.secrets.take_out(value.as_str()?, MAX_TEXT))
+    }
 }

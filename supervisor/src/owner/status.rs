@@ -4,6 +4,8 @@
 use std::time::SystemTime;
 
 use super::Owner;
+use crate::agent::Verb;
+use crate::backups::Mode;
 use crate::gateway::state::{Phase, State};
 
 /// So many failures in a row, and what the gateway writes about them is of interest.
@@ -41,6 +43,7 @@ impl Owner {
         self.status.gateway = self.state.word();
         self.status.restarts = self.starts.saturating_sub(1);
         self.status.backup = self.backups.word();
+        self.status.is_forking = self.backups.mode() == Mode::Enabled(Verb::Fork);
         self.status.version += 1;
         self.published.send_replace(self.status.clone());
     }
