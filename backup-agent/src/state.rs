@@ -173,7 +173,10 @@ impl State {
         self.facts.unseen = std::mem::take(&mut self.seen);
         self.facts.part = None;
         self.facts.too_much = None;
-        self.save()
+        self.save()?;
+        // One that stays is only room: it is about a snapshot that is no base any more.
+        let _ = fs::remove_file(self.directory.join(INDEX_PART));
+        Ok(())
     }
 
     /// Takes note of a look at the tree: the directory that it was at, and the files that may change unseen. Those of the

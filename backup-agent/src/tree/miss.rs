@@ -47,6 +47,8 @@ impl Unread {
         self.count += 1;
         if self.paths.len() < MOST_NAMED && bytes + path.len() <= MOST_BYTES {
             self.paths.push(path);
+            // Two looks that could not read the same are equal.
+            self.paths.sort_unstable();
         }
     }
 

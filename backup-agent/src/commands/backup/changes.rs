@@ -512,7 +512,7 @@ impl Scan<'_> {
     }
 
     fn gone(&mut self, known: &Entry) -> Result<(), Stop> {
-        if known.kind == Kind::Deleted {
+        if known.kind == Kind::Deleted && known.stamp.is_none() {
             self.keep(known);
             return Ok(());
         }

@@ -183,7 +183,7 @@ impl Pass {
                 .as_ref()
                 .map_or_else(Numbers::new, |known| self.words.left(known));
             if change.kind == Kind::Deleted {
-                self.hide(change.path, layers)?;
+                self.hide(change.path, layers, None)?;
             } else {
                 let from = captured
                     .as_ref()
@@ -240,7 +240,7 @@ impl Pass {
             return Ok(self.index.entry(&known)?);
         }
         if known.kind == Kind::Deleted {
-            self.hide(known.path, layers)
+            self.hide(known.path, layers, known.stamp)
         } else {
             self.put(known, layers, Contents::Tree(tree), Old::Same)
         }
@@ -271,7 +271,7 @@ impl Pass {
                     self.skipped.add(&entry.path, reason);
                 }
                 // As if it were not there: an older layer must not fill in for it.
-                self.hide(entry.path, layers)
+                self.hide(entry.path, layers, None)
             }
         }
     }
@@ -285,7 +285,8 @@ impl Pass {
         let old = match old {
             Old::Same => entry,
             Old::Other(Some(old)) if old.kind != Kind::Deleted => old,
-            Old::Other(_) => return self.hide(entry.path, layers),
+            // The index has that it is there: what goes on being unread is no change.
+            Old::Other(_) => return self.hide(entry.path, layers, stamp),
         };
         if !self.words.is_kept(&old) {
             if old.kind == Kind::File {
@@ -382,15 +383,22 @@ impl Pass {
         Ok((found, content))
     }
 
-    /// Deletes a path, if any of the older layers has it.
-    fn hide(&mut self, path: Vec<u8>, mut layers: Numbers) -> Result<(), End> {
-        if layers.is_empty() {
+    /// Deletes a path, if any of the older layers has it. `stamp`: of what is there and cannot be read.
+    fn hide(
+        &mut self,
+        path: Vec<u8>,
+        mut layers: Numbers,
+        stamp: Option<Stamp>,
+    ) -> Result<(), End> {
+        if !layers.is_empty() {
+            self.layer.delete(&path)?;
+            layers.push(self.words.own);
+        } else if stamp.is_none() {
             return Ok(());
         }
-        self.layer.delete(&path)?;
-        layers.push(self.words.own);
         Ok(self.index.entry(&Entry {
             layers,
+            stamp,
             ..Entry::deleted(path)
         })?)
     }

@@ -80,8 +80,9 @@ pub struct Taken {
 }
 
 impl Taken {
-    /// Takes the word of a round for whether the tree was read as it was at one instant.
-    fn judge(&mut self, doubt: Option<String>) {
+    /// Whether the tree was read as it was at one instant, by what the last look could not read and why it may not have been.
+    fn judge(&mut self, unread: Unread, doubt: Option<String>) {
+        self.unread.join(unread);
         let unread = match self.unread.count {
             0 => None,
             1 => Some("1 path cannot be read".to_owned()),
@@ -176,7 +177,7 @@ pub async fn take(
             .await?;
             done.totals = written.totals;
             done.totals.stored_bytes += stored;
-            done.unread = changes.unread.clone();
+            done.unread = std::mem::take(&mut changes.unread);
             done.unread.join(written.unread);
             let mut taken = taken.into_iter();
             done.layers.retain(|_| !taken.next().unwrap_or_default());
@@ -187,7 +188,7 @@ pub async fn take(
             }
         }
         if is_captured {
-            done.judge(doubt);
+            done.judge(changes.unread, doubt);
             return Ok(done);
         }
 
@@ -198,12 +199,12 @@ pub async fn take(
             layers: &done.layers,
         };
         changes = known.look(config, state, Racy::Changed).await?;
-        if changes.count == 0 && changes.unread.count == 0 {
+        if changes.count == 0 {
             // Nothing changed since the walk began, so the tree was at any moment in between what was read.
             doubt.clone_from(&changes.doubt);
         }
         if changes.count == 0 || config.freezer.is_none() || done.rounds == MOST_ROUNDS {
-            done.judge(doubt);
+            done.judge(changes.unread, doubt);
             return Ok(done);
         }
         (index, about) = (Some(written), snapshot.to_owned());
