@@ -11,16 +11,30 @@ const NEEDED: [(u32, &str); 5] = [
     (7, "SETUID"),
 ];
 
+const SYS_PTRACE: u32 = 19;
+
 /// A sentence on what is missing and what to do, if something is.
 pub fn advice() -> Option<String> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let missing = missing(effective(&status)?);
+    let missing = missing(effective(&status()?)?);
     (!missing.is_empty()).then(|| {
         format!(
             "root lacks the capabilities {} here (docker run --cap-add)",
             missing.join(", ")
         )
     })
+}
+
+/// Whether the calling thread may hold processes of other users, and see them whatever the options of /proc. Nothing but a
+/// snapshot of one instant takes that, so it is not among what is needed.
+pub fn can_trace() -> bool {
+    let effective = status().and_then(|status| effective(&status));
+    effective.is_some_and(|effective| effective >> SYS_PTRACE & 1 == 1)
+}
+
+/// Our own name may have been cut in the middle of a letter.
+fn status() -> Option<String> {
+    let status = std::fs::read("/proc/thread-self/status").ok()?;
+    Some(String::from_utf8_lossy(&status).into_owned())
 }
 
 fn effective(status: &str) -> Option<u64> {

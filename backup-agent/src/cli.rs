@@ -62,7 +62,7 @@ pub enum Verb {
 }
 
 /// How to take a snapshot.
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Default, Args)]
 pub struct Backup {
     /// Write the snapshot beside the history, as a fork: the head stays where it is
     #[arg(long)]
@@ -73,6 +73,9 @@ pub struct Backup {
     /// The longest that moment may be, such as 250ms; 0 for never
     #[arg(long, value_name = "DURATION")]
     pub max_pause: Option<String>,
+    /// Ask the store whether it has the last snapshot, even when nothing changed; else that is done once an hour
+    #[arg(long)]
+    pub confirm: bool,
 }
 
 /// What to bring back, and where to.

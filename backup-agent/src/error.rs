@@ -42,6 +42,19 @@ pub enum Error {
     /// Something on the store is not what was written there.
     #[error("cannot trust {key}: {reason}")]
     Damaged { key: String, reason: String },
+    /// The root is not the directory that the last run left: it was removed, replaced, or its volume is detached.
+    #[error(
+        "cannot back up {}: it is not the directory that the last restore or backup left; it was removed or replaced, or \
+         its volume is not mounted; mount it again, or run `backup-agent restore`",
+        .root.display()
+    )]
+    RootLost { root: PathBuf },
+    /// A restore was killed or failed while it put entries in their places.
+    #[error(
+        "cannot back up {}: a restore of it has not ended, so it may be half of two trees; run `backup-agent restore`",
+        .root.display()
+    )]
+    RootUnfinished { root: PathBuf },
     /// Another writer holds the head.
     #[error(
         "another instance took over: the head belongs to {holder}, this writer is {writer}; \
@@ -58,7 +71,7 @@ pub enum Error {
     Declined,
     /// The bound of the whole operation ran out.
     #[error("stopped after {}: the time bound ran out; {left}", Seconds(*.after))]
-    Timeout { after: Duration, left: &'static str },
+    Timeout { after: Duration, left: String },
     /// A signal asked to stop.
     #[error("stopped by {}; {left}", if *.signal == 2 { "SIGINT" } else { "SIGTERM" })]
     Interrupted { signal: i32, left: &'static str },
@@ -126,6 +139,8 @@ impl Error {
             Self::Fenced { .. } => (12, "fenced"),
             Self::Settings(_) | Self::Unfenced { .. } => (64, "usage"),
             Self::Local { .. } => (74, "local"),
+            Self::RootLost { .. } => (74, "root_lost"),
+            Self::RootUnfinished { .. } => (74, "restore_unfinished"),
             Self::Store { .. } => (75, "store_unavailable"),
             Self::Timeout { .. } => (124, "timeout"),
             Self::Interrupted { signal, .. } => {

@@ -43,7 +43,10 @@ pub fn bounded(config: &Config, verb: &Verb) -> Result<Answer, Error> {
         };
         let result = match timeout(bound, work).await {
             Ok(result) => result,
-            Err(_) => Err(Error::Timeout { after: bound, left }),
+            Err(_) => Err(Error::Timeout {
+                after: bound,
+                left: format!("{left}; {}", longer(verb)),
+            }),
         };
         if result.is_err() {
             let _ = timeout(TIDY, store.abort_uploads()).await;
@@ -53,6 +56,15 @@ pub fn bounded(config: &Config, verb: &Verb) -> Result<Answer, Error> {
     // A thread that is stuck in the kernel (a dead network file system) must not hold the exit.
     runtime.shutdown_background();
     result?
+}
+
+/// How to give a verb more time.
+pub fn longer(verb: &Verb) -> String {
+    let setting = match verb {
+        Verb::Backup(_) | Verb::Prune { .. } => "RUNTIME_BACKUP_TIMEOUT",
+        _ => "RUNTIME_RESTORE_TIMEOUT",
+    };
+    format!("make {setting} (or --timeout) longer")
 }
 
 /// A future of the first signal that asks to stop.

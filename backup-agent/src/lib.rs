@@ -21,20 +21,15 @@ pub mod untrusted;
 use std::{
     io::{IsTerminal, Write},
     process::ExitCode,
-    time::Duration,
 };
 
 use clap::Parser;
 
-use crate::{cli::Cli, config::Config, error::Chain, tree::freeze};
+use crate::{cli::Cli, config::Config, error::Chain};
 
 /// Does what the command line says, and gives the exit code.
 #[must_use]
 pub fn main() -> ExitCode {
-    if let Some(limit) = guards() {
-        freeze::guard(limit);
-        return ExitCode::SUCCESS;
-    }
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(help) => {
@@ -82,12 +77,4 @@ pub fn main() -> ExitCode {
             ExitCode::from(exit)
         }
     }
-}
-
-/// The agent runs itself as a guard of its own: for how long, if this is one.
-fn guards() -> Option<Duration> {
-    let mut arguments = std::env::args_os().skip(1);
-    (arguments.next()? == freeze::GUARD).then_some(())?;
-    let millis = arguments.next()?.to_str()?.parse().ok()?;
-    Some(Duration::from_millis(millis))
 }

@@ -4,12 +4,14 @@
 //! All of it can be lost: the next backup is then a whole one, and the next restore downloads everything.
 
 use std::{
+    collections::HashSet,
     fs::{self, DirBuilder, File, OpenOptions},
     io::{self, Write},
     os::unix::fs::{DirBuilderExt, OpenOptionsExt},
     path::{Path, PathBuf},
 };
 
+use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -19,9 +21,10 @@ use crate::{
     log,
     snapshot::{
         head::{Head, Seen},
-        record::Layer,
+        record::{Consistency, Layer},
         sealed,
     },
+    tree::{miss::Unread, root::RootId},
 };
 
 /// The remembered facts.
@@ -43,24 +46,41 @@ pub struct Facts {
     pub is_fenced: bool,
     /// The store was found to honour conditional writes.
     pub is_store_trusted: bool,
+    /// A restore has begun to replace the root, and nobody has said that it is whole again.
+    pub is_root_unfinished: bool,
+    /// Inodes of files that processes could change at the last look without the kernel setting a time.
+    pub unseen: HashSet<u64>,
+    /// The fork that was written because the tree had shrunk; the next backup confirms it.
+    pub shrunken: Option<String>,
+    /// What a backup that ran out of time has brought to the store.
+    pub part: Option<Part>,
+    /// So many bytes of other layers did not fit into the bound of a run that took them over, or it has not ended yet.
+    pub too_much: Option<u64>,
+    /// When the store last confirmed what is remembered of it, in seconds since 1970.
+    pub confirmed: Option<i64>,
 }
 
-/// What tells a directory from another one that was made later under the same name. Inode numbers are used again at once,
-/// so the time of birth counts too, where the file system knows it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct RootId {
-    device: u64,
-    inode: u64,
-    born: i64,
+/// Layers that no record names yet, and what they were built on.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Part {
+    /// What the index of it is called.
+    pub name: String,
+    /// The snapshot that its first layers are of; none of a first backup.
+    pub built_on: Option<String>,
+    /// Oldest first.
+    pub layers: Vec<Layer>,
 }
 
-/// One of the two local indexes.
+/// One of the local indexes.
 #[derive(Debug, Clone, Copy)]
 pub enum Which {
     /// Of the last snapshot.
     Last,
     /// Of the snapshot that is being taken.
     UnderWay,
+    /// Of what a backup that ran out of time has brought to the store.
+    Part,
 }
 
 /// A snapshot in a few words.
@@ -70,6 +90,12 @@ pub struct Described {
     pub time: String,
     pub sequence: u64,
     pub files: u64,
+    pub bytes: u64,
+    pub skipped: u64,
+    pub unread: Unread,
+    pub consistency: Consistency,
+    /// Why it is not of one instant.
+    pub reason: Option<String>,
     pub fork: bool,
     /// Oldest first.
     pub layers: Vec<Layer>,
@@ -78,7 +104,11 @@ pub struct Described {
 /// The state directory, locked for this process.
 pub struct State {
     directory: PathBuf,
+    /// The root of the tree.
+    root: PathBuf,
     pub facts: Facts,
+    /// [`Facts::unseen`] of this run's looks.
+    seen: HashSet<u64>,
     _lock: File,
 }
 
@@ -102,15 +132,17 @@ impl State {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(error) => return Err(Error::local("read", path)(error)),
         }
-        if facts.place != config.place() {
+        if facts.place != config.address() {
             facts = Facts {
-                place: config.place(),
+                place: config.address(),
                 ..Facts::default()
             };
         }
         Ok(Self {
             directory: config.state.clone(),
+            root: config.root.clone(),
             facts,
+            seen: HashSet::new(),
             _lock: lock,
         })
     }
@@ -125,23 +157,76 @@ impl State {
     pub fn forget_tree(&mut self) -> Result<(), Error> {
         self.facts.snapshot = None;
         self.facts.root = None;
+        self.facts.is_root_unfinished = true;
         self.save()
     }
 
     /// Remembers the tree: `described` is what it equals (nothing yet, where it starts empty).
     pub fn remember_tree(
         &mut self,
-        root: &Path,
+        root: Option<RootId>,
         described: Option<Described>,
     ) -> Result<(), Error> {
-        self.facts.root = root_id(root);
+        self.facts.root = root;
         self.facts.snapshot = described;
+        self.facts.is_root_unfinished = false;
+        self.facts.unseen = std::mem::take(&mut self.seen);
+        self.facts.part = None;
+        self.facts.too_much = None;
         self.save()
     }
 
+    /// Takes note of a look at the tree: the directory that it was at, and the files that may change unseen. Those of the
+    /// looks before are doubtful until a whole run has ended.
+    pub fn saw(&mut self, unseen: &HashSet<u64>, root: Option<RootId>) -> Result<(), Error> {
+        if self.facts.root.is_some() && root != self.facts.root {
+            let root = self.root.clone();
+            return Err(Error::RootLost { root });
+        }
+        self.seen.extend(unseen);
+        if !unseen.is_subset(&self.facts.unseen) {
+            self.facts.unseen.extend(unseen);
+            self.save()?;
+        }
+        Ok(())
+    }
+
+    /// The same tree as before: what this run did not see is not doubtful any more.
+    pub fn settle(&mut self) -> Result<(), Error> {
+        let known = self.facts.clone();
+        self.facts.unseen = std::mem::take(&mut self.seen);
+        self.facts.shrunken = None;
+        if self.facts == known {
+            Ok(())
+        } else {
+            self.save()
+        }
+    }
+
+    /// Keeps what a backup that runs out of time has brought to the store, and the index under way as its index.
+    pub fn keep_part(&mut self, part: Part) -> Result<(), Error> {
+        let from = self.directory.join(INDEX_UNDER_WAY);
+        fs::rename(&from, self.directory.join(INDEX_PART)).map_err(Error::local("rename", from))?;
+        self.facts.part = Some(part);
+        self.facts.too_much = None;
+        self.save()
+    }
+
+    /// Whether the store was asked within the last hour whether it has what is remembered of it.
+    pub fn is_confirmed(&self) -> bool {
+        /// A store that was wiped, or taken over by another writer, must not go unnoticed for longer.
+        const LONGEST: i64 = 3600;
+
+        let age = self
+            .facts
+            .confirmed
+            .map(|at| Timestamp::now().as_second() - at);
+        age.is_some_and(|age| (0..LONGEST).contains(&age))
+    }
+
     /// Whether the root is the very directory that carries on from what was last seen.
-    pub fn is_root_known(&self, root: &Path) -> bool {
-        self.facts.root.is_some() && self.facts.root == root_id(root)
+    pub fn is_root_known(&self, root: &Path) -> Result<bool, Error> {
+        Ok(self.facts.root.is_some() && self.facts.root == RootId::at(root)?)
     }
 
     /// An empty file for an index under way. Whoever still reads an earlier one goes on reading that.
@@ -191,12 +276,18 @@ impl State {
     }
 
     /// The index of a snapshot to compare the tree with: the last one, or the one under way.
-    pub fn index(&self, which: Which) -> Option<Spool> {
+    pub fn index(&self, which: Which) -> Result<Option<Spool>, Error> {
         let name = match which {
             Which::Last => INDEX,
             Which::UnderWay => INDEX_UNDER_WAY,
+            Which::Part => INDEX_PART,
         };
-        File::open(self.directory.join(name)).ok().map(Spool::new)
+        let path = self.directory.join(name);
+        match File::open(&path) {
+            Ok(file) => Ok(Some(Spool::new(file))),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(Error::local("read", path)(error)),
+        }
     }
 
     fn replace(&self, name: &str, fill: impl FnOnce(&File) -> io::Result<()>) -> Result<(), Error> {
@@ -216,6 +307,7 @@ impl State {
 const FACTS: &str = "state.json";
 const INDEX: &str = "index";
 const INDEX_UNDER_WAY: &str = "index.new";
+const INDEX_PART: &str = "index.part";
 
 fn private(truncate: bool) -> OpenOptions {
     let mut options = OpenOptions::new();
@@ -244,19 +336,6 @@ fn lock(directory: &Path) -> Result<File, Error> {
         .map_err(Error::local("lock", path))
 }
 
-fn root_id(root: &Path) -> Option<RootId> {
-    use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
-
-    let wanted = StatxFlags::BASIC_STATS | StatxFlags::BTIME;
-    let status = statx(CWD, root, AtFlags::SYMLINK_NOFOLLOW, wanted).ok()?;
-    let born = status.stx_btime;
-    Some(RootId {
-        device: rustix::fs::makedev(status.stx_dev_major, status.stx_dev_minor),
-        inode: status.stx_ino,
-        born: born.tv_sec.saturating_mul(1_000_000_000) + i64::from(born.tv_nsec),
-    })
-}
-
 impl Facts {
     /// The head as last seen, in the form that a swap compares.
     pub fn seen(&self) -> Option<Seen> {
@@ -271,5 +350,6 @@ impl Facts {
         self.head = Some(seen.head);
         self.etag = Some(seen.etag);
         self.is_fenced = false;
+        self.confirmed = Some(Timestamp::now().as_second());
     }
 }

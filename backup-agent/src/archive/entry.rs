@@ -69,6 +69,9 @@ pub struct Stamp {
     pub ino: u64,
     /// The file has more than one name.
     pub is_linked: bool,
+    /// What has this stamp on the disk could not be read: the entry is what the snapshot before had.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub is_unread: bool,
 }
 
 /// Order of a depth-first walk with sorted directories: component by component, by bytes.

@@ -2,7 +2,11 @@
 //! of them be made at the same time.
 
 use std::{
-    sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::Relaxed},
+        mpsc::{Receiver, Sender, SyncSender, channel, sync_channel},
+    },
     thread::{self, JoinHandle},
 };
 
@@ -67,6 +71,8 @@ pub struct FrameWriter {
     lanes: Vec<Lane>,
     turn: usize,
     position: u64,
+    /// Raw bytes of the frames that were given to the upload.
+    packed: Arc<AtomicU64>,
     packer: JoinHandle<Result<(Vec<Frame>, PartWriter), UploadStopped>>,
 }
 
@@ -97,14 +103,17 @@ impl FrameWriter {
             lanes.push(Lane { raw, spare });
             finished.push((packed, returns));
         }
+        let packed = Arc::new(AtomicU64::new(0));
+        let count = packed.clone();
         let packer = thread::Builder::new()
             .name("packer".to_owned())
-            .spawn(move || pack(&finished, sink))?;
+            .spawn(move || pack(&finished, sink, &count))?;
         Ok(Self {
             raw: Vec::with_capacity(RAW),
             lanes,
             turn: 0,
             position: 0,
+            packed,
             packer,
         })
     }
@@ -112,6 +121,11 @@ impl FrameWriter {
     /// Bytes of the raw stream so far.
     pub fn position(&self) -> u64 {
         self.position
+    }
+
+    /// Bytes of the raw stream that the upload was not given yet.
+    pub fn waiting(&self) -> u64 {
+        self.position.saturating_sub(self.packed.load(Relaxed))
     }
 
     /// Appends to the raw stream; waits while compression or upload is behind.
@@ -188,6 +202,7 @@ fn compress(
 fn pack(
     lanes: &[(Receiver<Finished>, Sender<Vec<u8>>)],
     mut sink: PartWriter,
+    packed: &AtomicU64,
 ) -> Result<(Vec<Frame>, PartWriter), UploadStopped> {
     let mut table = Vec::new();
     for (finished, returns) in lanes.iter().cycle() {
@@ -195,6 +210,7 @@ fn pack(
             break;
         };
         sink.write(&stored)?;
+        packed.fetch_add(frame.raw, Relaxed);
         table.push(frame);
         let _ = returns.send(stored);
     }

@@ -302,6 +302,7 @@ mod tests {
                 ctime: 1,
                 ino: 2,
                 is_linked: false,
+                is_unread: false,
             }),
             layers: smallvec![0, 3],
             ..plain.clone()

@@ -1,6 +1,11 @@
 //! Cuts the object's bytes into parts of one size and hands them to the upload, which may be slower: their buffers are
 //! counted, so memory stays bounded.
 
+use std::sync::{
+    Arc,
+    atomic::{AtomicU64, Ordering::Relaxed},
+};
+
 use hyper::body::Bytes;
 use sha2::{Digest, Sha256};
 use tokio::sync::mpsc;
@@ -8,7 +13,7 @@ use tokio::sync::mpsc;
 use crate::store::Part;
 
 /// Parts are at least this large, as S3 asks. Larger ones would only hold more memory.
-const SMALLEST: u64 = 5 << 20;
+pub const SMALLEST: u64 = 5 << 20;
 /// S3 takes 10,000 parts of one object; the reserve is for what a tree may grow while it is read.
 const MOST: u64 = 9_000;
 
@@ -27,8 +32,18 @@ pub fn part_size(estimate: u64) -> usize {
     usize::try_from(needed.next_multiple_of(1 << 20)).unwrap_or(usize::MAX)
 }
 
+/// How far an upload has come, in bytes of the object.
+#[derive(Debug, Default)]
+pub struct Flow {
+    /// Given to the upload.
+    pub given: AtomicU64,
+    /// Not needed by the upload any more.
+    pub landed: AtomicU64,
+}
+
 /// The writing end of an upload.
 pub struct PartWriter {
+    flow: Arc<Flow>,
     sender: mpsc::Sender<Part>,
     part: Vec<u8>,
     /// Buffers that were not made yet.
@@ -43,6 +58,7 @@ pub struct PartWriter {
 
 /// A part's bytes for as long as anybody needs them.
 struct Lent {
+    flow: Arc<Flow>,
     bytes: Vec<u8>,
     returns: std::sync::mpsc::Sender<Vec<u8>>,
 }
@@ -56,6 +72,7 @@ impl AsRef<[u8]> for Lent {
 impl Drop for Lent {
     fn drop(&mut self) {
         let mut bytes = std::mem::take(&mut self.bytes);
+        self.flow.landed.fetch_add(bytes.len() as u64, Relaxed);
         bytes.clear();
         // Nobody waits for it after the last part.
         let _ = self.returns.send(bytes);
@@ -70,6 +87,7 @@ impl PartWriter {
         let buffers = (IN_MEMORY / part_size).max(2);
         let (sender, parts) = mpsc::channel(buffers);
         let writer = Self {
+            flow: Arc::default(),
             sender,
             part: Vec::with_capacity(part_size),
             unmade: buffers - 1,
@@ -82,6 +100,11 @@ impl PartWriter {
         (writer, parts)
     }
 
+    /// How far the upload has come, for as long as it goes on.
+    pub fn flow(&self) -> Arc<Flow> {
+        self.flow.clone()
+    }
+
     /// Bytes of the object so far.
     pub fn position(&self) -> u64 {
         self.written
@@ -91,6 +114,7 @@ impl PartWriter {
     pub fn write(&mut self, mut bytes: &[u8]) -> Result<(), UploadStopped> {
         self.sum.update(bytes);
         self.written += bytes.len() as u64;
+        self.flow.given.store(self.written, Relaxed);
         while !bytes.is_empty() {
             // A full part leaves only when another byte comes, because the last one has to say that it is.
             if self.part.len() == self.part_size {
@@ -124,6 +148,7 @@ impl PartWriter {
 
     fn send(&mut self, is_last: bool) -> Result<(), UploadStopped> {
         let bytes = Bytes::from_owner(Lent {
+            flow: self.flow.clone(),
             bytes: std::mem::take(&mut self.part),
             returns: self.returns.clone(),
         });

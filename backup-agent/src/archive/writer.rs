@@ -4,6 +4,7 @@
 use std::{
     fs::File,
     io::{Read, Seek},
+    sync::{Arc, atomic::Ordering::Relaxed},
 };
 
 use sha2::{Digest, Sha256};
@@ -15,7 +16,7 @@ use super::{
     frames::{Effort, FrameWriter},
     index::{IndexWriter, LayerHeader, compress_header},
     line::Scope,
-    parts::{PartWriter, UploadStopped},
+    parts::{Flow, PartWriter, UploadStopped},
     tarball::{self, TRAILER, padding},
 };
 use crate::{
@@ -26,7 +27,10 @@ use crate::{
         id::hex,
         record::{FORMAT, Layer},
     },
-    tree::read::Data,
+    tree::{
+        miss::Miss,
+        read::{Data, miss},
+    },
 };
 
 /// Why a layer could not be written.
@@ -58,6 +62,7 @@ impl From<Error> for Halt {
 pub struct LayerWriter {
     id: String,
     frames: FrameWriter,
+    flow: Arc<Flow>,
     /// The index's lines wait in a file, because they follow the data and their number has no bound.
     lines: IndexWriter,
     /// The last path that a whiteout was written for: it stands for everything below, too.
@@ -69,11 +74,28 @@ impl LayerWriter {
     pub fn new(id: &str, sink: PartWriter, spool: File, effort: Effort) -> Result<Self, Error> {
         Ok(Self {
             id: id.to_owned(),
+            flow: sink.flow(),
             frames: FrameWriter::new(sink, effort)
                 .map_err(Error::local("start", "the compression"))?,
             lines: IndexWriter::new(spool, Scope::Layer).map_err(Error::local("set up", "zstd"))?,
             gone: None,
         })
+    }
+
+    /// Bytes that the upload has still to send: at most, since some are not compressed yet.
+    pub fn behind(&self) -> u64 {
+        let given = self.flow.given.load(Relaxed);
+        self.frames.waiting() + given.saturating_sub(self.landed())
+    }
+
+    /// Bytes that the upload was given, so that some are surely on their way.
+    pub fn given(&self) -> u64 {
+        self.flow.given.load(Relaxed)
+    }
+
+    /// Bytes that have arrived.
+    pub fn landed(&self) -> u64 {
+        self.flow.landed.load(Relaxed)
     }
 
     /// Appends an entry without content.
@@ -83,25 +105,37 @@ impl LayerWriter {
     }
 
     /// Appends a regular file; fills in the hash and the extents of what was read.
-    pub fn add_file(&mut self, entry: &mut Entry, data: &Data) -> Result<(), Halt> {
+    ///
+    /// A file that cannot be read to its end spoils the layer: the head of its member promises more than there is.
+    pub fn add_file(&mut self, entry: &mut Entry, data: &Data) -> Result<Result<(), Miss>, Halt> {
+        enum End {
+            Miss(Miss),
+            Halt(Halt),
+        }
+
         let runs = data.runs();
         let sparse = data.is_sparse(entry.size).then_some(runs);
         self.frames.write(&tarball::header(entry, sparse))?;
         let start = self.frames.position();
         let mut sum = Sha256::new();
         let frames = &mut self.frames;
-        data.read(
-            |source| Halt::from(Error::local("read", entry.display())(source)),
+        let copied = data.read(
+            |error| End::Miss(miss(error)),
             |bytes| {
                 sum.update(bytes);
                 progress::add(bytes.len() as u64);
-                Ok(frames.write(bytes)?)
+                frames.write(bytes).map_err(|stop| End::Halt(stop.into()))
             },
-        )?;
+        );
+        match copied {
+            Ok(()) => {}
+            Err(End::Miss(miss)) => return Ok(Err(miss)),
+            Err(End::Halt(halt)) => return Err(halt),
+        }
         self.frames.write(padding(self.frames.position() - start))?;
         entry.sha256 = Some(sum.finalize().into());
         entry.extents = extents(runs, entry.size, start);
-        self.index(entry)
+        self.index(entry).map(Ok)
     }
 
     /// Appends a deletion: a line in the index, and for tar a whiteout as OCI images have them.

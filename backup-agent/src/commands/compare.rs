@@ -19,7 +19,9 @@ use crate::{
     tree::{
         exclude::Excludes,
         identity::with_identity,
-        scan::{self, Found, Verdict},
+        miss::Miss,
+        root::RootId,
+        scan::{self, Found, Met, Verdict},
     },
 };
 
@@ -77,16 +79,30 @@ pub async fn run(
     let changes = with_identity(config.identity, "walk", move || {
         let mut changes = Changes::default();
         let mut next = alive(&mut merge)?;
-        let visit = |found: Found<'_>| {
-            let path = &found.entry.path;
+        let visit = |met: Met<'_>| {
+            let path = match &met {
+                Met::Entry(found) => &found.entry.path[..],
+                Met::Missed(path, _) => path,
+            };
             while let Some(word) = next.take_if(|word| compare(&word.entry.path, path).is_lt()) {
                 changes.add(&word.entry);
                 next = alive(&mut merge)?;
             }
+            let found = match &met {
+                Met::Entry(found) => found,
+                Met::Missed(_, Miss::Unread(errno)) => {
+                    return Err(Error::local("read", display(path))(*errno));
+                }
+                Met::Missed(..) => {
+                    // A snapshot has no such thing, and a restore removes it.
+                    changes.remove(path);
+                    return Ok(Verdict::Taken);
+                }
+            };
             match next.take_if(|word| compare(&word.entry.path, path) == Ordering::Equal) {
                 None => changes.remove(path),
                 Some(word) => {
-                    if !is_right(&found, &word.entry, is_owner_kept) {
+                    if !is_right(found, &word.entry, is_owner_kept) {
                         changes.change(&word.entry);
                     }
                     next = alive(&mut merge)?;
@@ -95,8 +111,8 @@ pub async fn run(
             Ok::<_, Error>(Verdict::Taken)
         };
         // Also what a backup leaves out: a restore replaces all of the root.
-        if root.exists() {
-            scan::walk(&root, &Excludes::none(), visit, |_, _| ())?;
+        if RootId::at(&root)?.is_some() {
+            scan::walk(&root, &Excludes::none(), visit)?;
         }
         while let Some(word) = next {
             changes.add(&word.entry);
@@ -143,5 +159,5 @@ fn is_right(found: &Found<'_>, entry: &Entry, is_owner_kept: bool) -> bool {
     if !is_owner_kept {
         (status.uid, status.gid) = (entry.uid, entry.gid);
     }
-    scan::is_alike(&status, entry) && is_equal(found, entry)
+    scan::is_alike(&status, entry) && is_equal(found, entry) == Ok(true)
 }

@@ -59,7 +59,9 @@ pub async fn run(config: &Config, store: &Arc<dyn Store>, verb: &Verb) -> Result
         identity::drop_groups().map_err(Error::local("drop", "supplementary groups"))?;
     }
     match verb {
-        Verb::Backup(options) => backup::run(config, store.as_ref(), options.fork).await,
+        Verb::Backup(options) => {
+            backup::run(config, store.as_ref(), options, config.bound(verb)).await
+        }
         Verb::Restore(options) => restore::run(config, store.as_ref(), options).await,
         Verb::Verify { snapshot, deep } => {
             verify::run(config, store.as_ref(), snapshot, *deep).await
@@ -101,6 +103,11 @@ fn describe(record: &Record) -> Described {
         time: record.time.clone(),
         sequence: record.sequence,
         files: record.totals.files,
+        bytes: record.totals.bytes,
+        skipped: record.totals.skipped,
+        unread: record.unread.clone(),
+        consistency: record.consistency,
+        reason: record.reason.clone(),
         fork: false,
         layers: record.layers.clone(),
     }

@@ -5,6 +5,8 @@ mod source;
 
 use std::{ffi::OsString, path::PathBuf, time::Duration};
 
+use nix::unistd::Uid;
+
 pub use self::location::{Bucket, Location};
 use self::source::Source;
 use crate::{
@@ -134,6 +136,22 @@ impl Config {
             | Verb::Import { .. }
             | Verb::Completions { .. } => self.restore_timeout,
         })
+    }
+
+    /// The user whose processes write to the tree.
+    pub fn gateway_user(&self) -> Uid {
+        let held = self.freezer.map(|freezer| freezer.user);
+        let user = held.or(self.identity.map(|identity| identity.uid));
+        user.unwrap_or_else(Uid::effective)
+    }
+
+    /// What tells this instance's place from every other one, however alike people write them.
+    pub fn address(&self) -> String {
+        let endpoint = match &self.location {
+            Location::Directory(_) => "",
+            Location::S3(bucket) => bucket.endpoint.as_str(),
+        };
+        format!("{endpoint} {}", self.place())
     }
 
     /// The store and the instance on it, as people write it.

@@ -12,7 +12,7 @@ use crate::{
     error::Error,
     tree::{
         exclude::Excludes,
-        scan::{self, Found, Verdict},
+        scan::{self, Met, Verdict},
     },
 };
 
@@ -36,7 +36,11 @@ pub fn adopt(
 ) -> Result<(), Error> {
     let mut index = LocalIndex::new(file, snapshot, file_clock()?)?;
     let mut next = merge.next()?;
-    let visit = |found: Found<'_>| {
+    let visit = |met: Met<'_>| {
+        // What cannot be looked at keeps its words and gets no stamp: the next backup judges it.
+        let Met::Entry(found) = met else {
+            return Ok(Verdict::Taken);
+        };
         while let Some(word) =
             next.take_if(|word| compare(&word.entry.path, &found.entry.path).is_lt())
         {
@@ -55,7 +59,7 @@ pub fn adopt(
                     layers: entry.layers,
                     ..restored
                 };
-            } else if scan::is_alike(&found.entry, &entry) && is_equal(&found, &entry) {
+            } else if scan::is_alike(&found.entry, &entry) && is_equal(&found, &entry) == Ok(true) {
                 entry.stamp = found.entry.stamp;
             }
             index.entry(&entry)?;
@@ -63,7 +67,7 @@ pub fn adopt(
         }
         Ok::<_, Error>(Verdict::Taken)
     };
-    scan::walk(root, excludes, visit, |_, _| ())?;
+    scan::walk(root, excludes, visit)?;
     while let Some(word) = next {
         index.entry(&word.entry)?;
         next = merge.next()?;

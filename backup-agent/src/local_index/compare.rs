@@ -1,20 +1,21 @@
 //! Compares a tree with what an index has. What cannot be told counts as a difference: it costs a read, or a file more in a
 //! snapshot, and never a change that goes unseen.
 
-use std::path::Path;
+use std::{collections::HashSet, path::Path};
 
-use super::{Known, Unreadable};
+use super::{Known, Unreadable, fine_clock};
 use crate::{
     archive::entry::{Entry, Kind},
     error::Error,
     tree::{
         exclude::Excludes,
+        miss::Miss,
         read,
-        scan::{self, Found, Verdict},
+        scan::{self, Found, Met, Verdict},
     },
 };
 
-/// How to judge a file that changed in the same tick of the clock as the walk that wrote the index.
+/// How to judge a file that may have changed without its times telling.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Racy {
     /// Read it and compare its hash.
@@ -23,28 +24,93 @@ pub enum Racy {
     Changed,
 }
 
-/// Whether what was found is not what the index has.
-pub fn is_changed(found: &Found<'_>, known: &Entry, started: i64, racy: Racy) -> bool {
-    if !scan::is_same(&found.entry, known) {
-        return true;
+/// What the times of files cannot tell since an index was made.
+pub struct Doubts<'a> {
+    /// The file systems' clock when the walk of the index began.
+    pub started: i64,
+    /// Inodes of the files that processes can change without the kernel setting a time.
+    pub unseen: &'a HashSet<u64>,
+    pub racy: Racy,
+}
+
+/// What a comparison says about a path that an index has.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Judgement {
+    Same,
+    Changed,
+    /// It has to be read to tell, and cannot be.
+    Unread,
+}
+
+impl Doubts<'_> {
+    /// Compares what was found with what the index has.
+    pub fn judge(&self, found: &Found<'_>, known: &Entry) -> Result<Judgement, Error> {
+        let Some(stamp) = found.entry.stamp else {
+            return Ok(Judgement::Changed);
+        };
+        if let Some(last) = known.stamp.filter(|last| last.is_unread) {
+            // What the index has is older than what could not be read then.
+            let is_the_same = (last.ctime, last.ino) == (stamp.ctime, stamp.ino);
+            let is_unread = is_the_same && matches!(read_all(found), Err(Miss::Unread(_)));
+            return Ok(if is_unread {
+                Judgement::Unread
+            } else {
+                Judgement::Changed
+            });
+        }
+        if !scan::is_same(&found.entry, known) {
+            return Ok(Judgement::Changed);
+        }
+        if !self.unseen.contains(&stamp.ino) && !could_repeat(stamp.ctime, self.started)? {
+            return Ok(Judgement::Same);
+        }
+        Ok(match self.racy {
+            Racy::Changed => Judgement::Changed,
+            Racy::Read => match is_equal(found, known) {
+                Ok(true) => Judgement::Same,
+                Err(Miss::Unread(_)) => Judgement::Unread,
+                Ok(false) | Err(Miss::Gone | Miss::LeftOut(_)) => Judgement::Changed,
+            },
+        })
     }
-    let stamp = found.entry.stamp;
-    stamp.is_none_or(|stamp| stamp.ctime >= started)
-        && (racy == Racy::Changed || !is_equal(found, known))
+}
+
+/// Whether a change between `since` and now, both by the file systems' clock, can have given a file this time once more.
+///
+/// A time that is still to come, where a clock was behind for a while, cannot be that of such a change.
+pub fn could_repeat(ctime: i64, since: i64) -> Result<bool, Error> {
+    Ok(ctime.saturating_add(unit(ctime)) > since && ctime <= fine_clock()?)
+}
+
+/// Nanoseconds for which a file system that gave this time gives the same one: of some, times are whole seconds (ext4 with
+/// inodes of 128 bytes), two (FAT), or milliseconds. Below a tick of the clock, ticks decide.
+pub fn unit(time: i64) -> i64 {
+    const SECOND: i64 = 1_000_000_000;
+    if time % SECOND == 0 {
+        return 2 * SECOND;
+    }
+    let units = [SECOND / 10, SECOND / 100, SECOND / 1000];
+    units.into_iter().find(|unit| time % unit == 0).unwrap_or(1)
 }
 
 /// Whether what was found has the content and attributes that the index has.
-pub fn is_equal(found: &Found<'_>, known: &Entry) -> bool {
-    match known.kind {
-        Kind::File => read::open(found.parent, found.name)
-            .ok()
-            .flatten()
-            .is_some_and(|content| read::is_equal(&content, known)),
-        Kind::Dir => found.directory.is_some_and(|directory| {
-            read::xattrs(directory).is_ok_and(|xattrs| xattrs == known.xattrs)
-        }),
-        Kind::Symlink | Kind::Hardlink | Kind::Deleted => true,
+pub fn is_equal(found: &Found<'_>, known: &Entry) -> Result<bool, Miss> {
+    match (known.kind, found.directory) {
+        (Kind::File, _) => read::is_equal(&read::open(found.parent, found.name)?, known),
+        (Kind::Dir, Some(directory)) => read::has_xattrs(directory, known),
+        (Kind::Dir, None) => Ok(false),
+        (Kind::Symlink | Kind::Hardlink | Kind::Deleted, _) => Ok(true),
     }
+}
+
+/// Reads all that a snapshot has of a file or directory, to see whether that works again.
+fn read_all(found: &Found<'_>) -> Result<(), Miss> {
+    if let Some(directory) = found.directory {
+        return read::xattrs(directory).map(drop);
+    }
+    let content = read::open(found.parent, found.name)?;
+    content.data().read(read::miss, |_| Ok(()))?;
+    read::xattrs(content.file()).map(drop)
 }
 
 /// Why a comparison ended early.
@@ -71,22 +137,32 @@ pub fn is_tree_same(
     root: &Path,
     excludes: &Excludes,
     mut known: Known,
+    unseen: &HashSet<u64>,
     racy: Racy,
 ) -> Result<bool, Error> {
-    let started = known.started;
-    let visit = |found: Found<'_>| {
+    let doubts = Doubts {
+        started: known.started,
+        unseen,
+        racy,
+    };
+    let visit = |met: Met<'_>| {
+        // What no snapshot can have was left out of this one, too.
+        let found = match met {
+            Met::Entry(found) => found,
+            Met::Missed(_, Miss::Unread(_)) => return Err(Walk::Differs),
+            Met::Missed(..) => return Ok(Verdict::Taken),
+        };
         while let Some(gone) = known.before(&found.entry.path)? {
             if gone.kind != Kind::Deleted {
                 return Err(Walk::Differs);
             }
         }
         match known.at(&found.entry.path)? {
-            Some(entry) if !is_changed(&found, &entry, started, racy) => Ok(Verdict::Taken),
+            Some(entry) if doubts.judge(&found, &entry)? == Judgement::Same => Ok(Verdict::Taken),
             _ => Err(Walk::Differs),
         }
     };
-    // What could not be kept then cannot be kept now; a word about it each time would bury the others.
-    let walked = scan::walk(root, excludes, visit, |_, _| ());
+    let walked = scan::walk(root, excludes, visit);
     let rest = walked.and_then(|()| {
         while let Some(gone) = known.rest()? {
             if gone.kind != Kind::Deleted {
@@ -99,5 +175,42 @@ pub fn is_tree_same(
         Ok(()) => Ok(true),
         Err(Walk::Differs) => Ok(false),
         Err(Walk::Failed(error)) => Err(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SECOND: i64 = 1_000_000_000;
+
+    #[test]
+    fn a_time_counts_for_as_long_as_its_file_system_gives_it_again() {
+        for (time, want) in [
+            (1_700_000_000 * SECOND, 2 * SECOND),
+            (1_700_000_000 * SECOND + 500_000_000, SECOND / 10),
+            (1_700_000_000 * SECOND + 10_000_000, SECOND / 100),
+            (1_700_000_000 * SECOND + 3_000_000, SECOND / 1000),
+            (1_700_000_000 * SECOND + 123_456_789, 1),
+        ] {
+            assert_eq!(unit(time), want, "{time}");
+        }
+    }
+
+    #[test]
+    fn a_change_can_repeat_the_time_of_its_own_unit_and_none_that_is_still_to_come()
+    -> Result<(), Error> {
+        let since = 1_700_000_000 * SECOND + 723_456_789;
+        for (time, want) in [
+            (since - 1, false),
+            (since, true),
+            (since + 1, true),
+            (1_700_000_000 * SECOND, true),
+            (1_699_999_998 * SECOND, false),
+            (i64::MAX, false),
+        ] {
+            assert_eq!(could_repeat(time, since)?, want, "{time}");
+        }
+        Ok(())
     }
 }

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 pub use self::{
     adopt::{Trust, adopt},
-    compare::{Racy, is_changed, is_equal, is_tree_same},
+    compare::{Doubts, Judgement, Racy, could_repeat, is_equal, is_tree_same, unit},
 };
 use crate::{
     archive::{
@@ -36,10 +36,18 @@ struct LocalHeader {
     started: i64,
 }
 
-/// The time that file systems give to files now: it advances in ticks of some milliseconds.
+/// The earliest time that file systems give to what changes from now on: it advances in ticks of some milliseconds.
 pub fn file_clock() -> Result<i64, Error> {
-    let now =
-        clock_gettime(ClockId::CLOCK_REALTIME_COARSE).map_err(Error::local("read", "the clock"))?;
+    clock(ClockId::CLOCK_REALTIME_COARSE)
+}
+
+/// The latest time that file systems have given until now: some give finer ones than ticks.
+fn fine_clock() -> Result<i64, Error> {
+    clock(ClockId::CLOCK_REALTIME)
+}
+
+fn clock(id: ClockId) -> Result<i64, Error> {
+    let now = clock_gettime(id).map_err(Error::local("read", "the clock"))?;
     Ok(now.tv_sec() * 1_000_000_000 + now.tv_nsec())
 }
 

@@ -49,7 +49,10 @@ pub fn line<'a>(records: &'a [Record], tip: Option<&str>) -> Vec<&'a Record> {
 #[cfg(test)]
 pub mod tests {
     use super::*;
-    use crate::snapshot::record::{Consistency, FORMAT, Totals};
+    use crate::{
+        snapshot::record::{Consistency, FORMAT, Totals},
+        tree::miss::Unread,
+    };
 
     /// A record of 1,000 bytes in 10 files without layers.
     pub fn record(id: &str, parent: Option<&str>, sequence: u64) -> Record {
@@ -62,6 +65,8 @@ pub mod tests {
             writer: String::new(),
             tool: String::new(),
             consistency: Consistency::Instant,
+            reason: None,
+            unread: Unread::default(),
             rounds: 1,
             pause_ms: None,
             fork: false,

@@ -8,6 +8,8 @@ pub struct Size {
     pub whole: u64,
     /// What of it the tree still needs.
     pub live: u64,
+    /// A file whose content is in it cannot be read on the disk now.
+    pub is_pinned: bool,
 }
 
 /// Which of `layers` (oldest first) a new layer with `changed` bytes takes over: every one that is mostly dead, and every
@@ -20,8 +22,12 @@ pub fn taken_over(layers: &[Size], changed: u64) -> Vec<bool> {
     let mut new = changed;
     loop {
         let next = (0..layers.len()).rev().find(|&at| {
-            let Size { whole, live } = layers[at];
-            !taken[at] && (live.saturating_mul(2) < whole || whole / 2 < new)
+            let Size {
+                whole,
+                live,
+                is_pinned,
+            } = layers[at];
+            !taken[at] && !is_pinned && (live.saturating_mul(2) < whole || whole / 2 < new)
         });
         let Some(at) = next else { return taken };
         taken[at] = true;
@@ -33,10 +39,18 @@ pub fn taken_over(layers: &[Size], changed: u64) -> Vec<bool> {
 mod tests {
     use super::*;
 
+    fn size(whole: u64, live: u64) -> Size {
+        Size {
+            whole,
+            live,
+            is_pinned: false,
+        }
+    }
+
     fn taken(layers: &[(u64, u64)], changed: u64) -> Vec<bool> {
         let layers: Vec<Size> = layers
             .iter()
-            .map(|&(whole, live)| Size { whole, live })
+            .map(|&(whole, live)| size(whole, live))
             .collect();
         taken_over(&layers, changed)
     }
@@ -59,6 +73,14 @@ mod tests {
         );
         assert_eq!(taken(&[(1000, 1000), (100, 0)], 1), [false, true]);
         assert_eq!(taken(&[(1000, 10), (300, 300)], 1), [true, false]);
+    }
+
+    #[test]
+    fn a_layer_with_a_file_that_cannot_be_read_stays() {
+        let mut pinned = size(100, 10);
+        assert_eq!(taken_over(&[pinned], 500), [true]);
+        pinned.is_pinned = true;
+        assert_eq!(taken_over(&[pinned, size(40, 40)], 500), [false, true]);
     }
 
     #[test]
@@ -87,10 +109,7 @@ mod tests {
                     kept.push(*layer);
                 }
             }
-            kept.push(Size {
-                whole: new,
-                live: new,
-            });
+            kept.push(size(new, new));
             layers = kept;
             for pair in layers.windows(2) {
                 assert!(pair[0].whole / 2 >= pair[1].whole, "{layers:?}");

@@ -6,6 +6,7 @@ use crate::{
     error::Error,
     snapshot::{id, sealed},
     store::{Store, StoreError, twice},
+    tree::miss::Unread,
 };
 
 /// Version of the layout of records, heads and layers that this code reads and writes.
@@ -33,6 +34,12 @@ pub struct Record {
     /// Version of the tool that wrote it.
     pub tool: String,
     pub consistency: Consistency,
+    /// Why it is not of one instant.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+    /// What could not be read: the snapshot has of it, and of everything below, what the one before had.
+    #[serde(default)]
+    pub unread: Unread,
     /// Times that the tree was read.
     pub rounds: u32,
     /// The longest time for which the gateway was stopped meanwhile, in milliseconds, rounded up.
@@ -66,7 +73,7 @@ pub struct Totals {
     pub bytes: u64,
     /// Bytes of the layers that this snapshot brought to the store.
     pub stored_bytes: u64,
-    /// Entries left out with a warning: fifos, devices, what could not be read.
+    /// Entries left out with a warning: fifos, devices, what the gateway's user may not read.
     pub skipped: u64,
 }
 
@@ -171,9 +178,13 @@ impl Record {
             totals.bytes,
             totals.stored_bytes,
             totals.skipped,
+            self.unread.count,
         ];
-        let words = [&self.time, &self.writer, &self.tool];
-        if words.iter().any(|word| word.contains(char::is_control)) {
+        let mut words = [&self.time, &self.writer, &self.tool]
+            .into_iter()
+            .chain(&self.reason)
+            .chain(&self.unread.paths);
+        if words.any(|word| word.contains(char::is_control)) {
             return Some("it has control characters".to_owned());
         }
         let is_absurd = numbers.iter().any(|number| *number > LARGEST);

@@ -13,7 +13,7 @@ use nix::{
     sys::stat::Mode,
 };
 
-use super::scan::DIRECTORY;
+use super::{miss::Miss, scan::DIRECTORY};
 use crate::{
     archive::entry::{Entry, LONGEST_NAME},
     error::Error,
@@ -34,6 +34,15 @@ pub enum Refusal {
     /// What should be its directory is none.
     Orphan,
     Failed(Errno),
+}
+
+impl From<Refusal> for Miss {
+    fn from(refusal: Refusal) -> Self {
+        match refusal {
+            Refusal::Name | Refusal::Orphan => Self::Gone,
+            Refusal::Failed(errno) => errno.into(),
+        }
+    }
 }
 
 impl Refusal {

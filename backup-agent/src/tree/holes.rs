@@ -1,9 +1,9 @@
 //! Finds where the data of a sparse file are. Whatever the file, the runs in memory, the system calls and the zeros that are
 //! read in place of holes have a bound.
 
-use nix::{errno::Errno, unistd::Whence};
-
+use super::miss::Miss;
 use crate::archive::extents::Runs;
+use nix::{errno::Errno, unistd::Whence};
 
 /// Runs of data that are told apart in one file. A database has few holes, and a file made to have millions must not cost
 /// memory: of more holes than that, the smallest are stored as zeros.
@@ -13,13 +13,8 @@ const MOST_SEEKS: u32 = 1_000_000;
 /// Bytes of holes that are read as zeros for any file. A file with more data than this may have as many zeros as data.
 const MOST_FILLED: u64 = 1 << 30;
 
-/// Why there are no runs.
-#[derive(Debug, PartialEq, Eq)]
-pub enum NoRuns {
-    Failed(Errno),
-    /// To read the file would be to read zeros, above all.
-    TooManyHoles,
-}
+/// Why a file is left out: to read it would be to read zeros, above all.
+const TOO_MANY: Miss = Miss::LeftOut("it has too many holes");
 
 /// Whether a file of that size on so many bytes of disk may be one with too many holes.
 pub fn may_be_too_many(size: u64, allocated: u64) -> bool {
@@ -31,7 +26,7 @@ pub fn find_runs(
     size: u64,
     allocated: u64,
     mut seek: impl FnMut(u64, Whence) -> Result<u64, Errno>,
-) -> Result<Runs, NoRuns> {
+) -> Result<Runs, Miss> {
     let whole = || (size > 0).then_some((0, size)).into_iter().collect();
     if allocated >= size {
         return Ok(whole());
@@ -41,7 +36,7 @@ pub fn find_runs(
     while at < size {
         seeks += 2;
         if seeks > MOST_SEEKS {
-            return Err(NoRuns::TooManyHoles);
+            return Err(TOO_MANY);
         }
         let start = match seek(at, Whence::SeekData) {
             Ok(start) if start < size => start,
@@ -49,13 +44,13 @@ pub fn find_runs(
             Ok(_) | Err(Errno::ENXIO) => break,
             // The file system knows no holes.
             Err(Errno::EINVAL) => return Ok(whole()),
-            Err(error) => return Err(NoRuns::Failed(error)),
+            Err(error) => return Err(error.into()),
         };
         let end = match seek(start, Whence::SeekHole) {
             Ok(end) => end.min(size),
             // The data were cut off meanwhile.
             Err(Errno::ENXIO) => size,
-            Err(error) => return Err(NoRuns::Failed(error)),
+            Err(error) => return Err(error.into()),
         };
         found.push((start, end - start));
         at = end;
@@ -66,7 +61,7 @@ pub fn find_runs(
     filled += fill_smallest(&mut found, MOST_RUNS);
     let all: u64 = found.iter().map(|(_, length)| length).sum();
     if filled > MOST_FILLED.max(all - filled) {
-        return Err(NoRuns::TooManyHoles);
+        return Err(TOO_MANY);
     }
     Ok(found)
 }
@@ -110,7 +105,7 @@ mod tests {
     const BLOCK: u64 = 4096;
 
     /// What is found in a file with data there, and the number of calls that it took.
-    fn find(size: u64, data: &[(u64, u64)]) -> (Result<Runs, NoRuns>, u32) {
+    fn find(size: u64, data: &[(u64, u64)]) -> (Result<Runs, Miss>, u32) {
         let allocated = data.iter().map(|(_, length)| length).sum();
         let mut calls = 0;
         let seek = |from: u64, whence| {
@@ -147,7 +142,7 @@ mod tests {
     fn a_file_system_without_holes_gives_one_run_and_another_error_is_told() {
         let failing = |error| find_runs(100, 10, |_, _| Err(error));
         assert_eq!(failing(Errno::EINVAL).as_deref(), Ok(&[(0, 100)][..]));
-        assert_eq!(failing(Errno::EIO), Err(NoRuns::Failed(Errno::EIO)));
+        assert_eq!(failing(Errno::EIO), Err(Miss::Unread(Errno::EIO)));
     }
 
     #[test]
@@ -197,7 +192,7 @@ mod tests {
     fn a_file_of_little_more_than_zeros_is_refused_and_one_with_as_much_data_is_not() {
         let runs = MOST_RUNS as u64 + 2 * (GIB >> 20);
         let sparse = combed(runs, 1 << 20);
-        assert_eq!(find(1 << 40, &sparse).0, Err(NoRuns::TooManyHoles));
+        assert_eq!(find(1 << 40, &sparse).0, Err(TOO_MANY));
         assert!(may_be_too_many(1 << 40, runs * BLOCK));
         // A database that gives back a part of each of its pages has holes everywhere, and no fewer bytes than zeros.
         let punched = combed(400_000, BLOCK);
@@ -209,6 +204,6 @@ mod tests {
     fn the_calls_for_one_file_have_a_bound() {
         let data = combed(u64::from(MOST_SEEKS), 1);
         let (found, calls) = find(1 << 40, &data);
-        assert_eq!((found, calls), (Err(NoRuns::TooManyHoles), MOST_SEEKS));
+        assert_eq!((found, calls), (Err(TOO_MANY), MOST_SEEKS));
     }
 }

@@ -42,14 +42,14 @@ impl Old {
     /// The file at an entry's path, if it looks right, and, where nobody else works, is right.
     pub fn find(&mut self, entry: &Entry, status: &Status) -> Option<Match<'_>> {
         let (parent, name) = self.tree.parent(&entry.path).ok()?;
-        let content = read::open(parent, &name).ok()??;
+        let content = read::open(parent, &name).ok()?;
         let found = scan::entry(&entry.path, Kind::File, content.status());
         let is_alone = content.status().st_nlink == 1;
         if !is_alone || !status.fits(found, entry) {
             return None;
         }
         let is_quiet = self.is_quiet;
-        if is_quiet && !read::is_equal(&content, entry) {
+        if is_quiet && read::is_equal(&content, entry) != Ok(true) {
             return None;
         }
         Some(Match {
@@ -90,10 +90,8 @@ impl Match<'_> {
         copy(&self.content, &mut file, entry.size).map_err(Error::local("write", path()))?;
         status.set(&file, entry, source)?;
         // The copy is judged, not the original: somebody may have written to that meanwhile.
-        let is_right = read::open(parent, name)
-            .ok()
-            .flatten()
-            .is_some_and(|copied| read::is_equal(&copied, entry));
+        let copied = read::open(parent, name);
+        let is_right = copied.and_then(|copied| read::is_equal(&copied, entry)) == Ok(true);
         if !is_right {
             unlinkat(parent, name, UnlinkatFlags::NoRemoveDir)
                 .map_err(Error::local("remove", path()))?;

@@ -10,7 +10,7 @@ use nix::{
 };
 use sha2::{Digest, Sha256};
 
-use super::holes::{self, NoRuns};
+use super::{holes, miss::Miss};
 use crate::archive::{
     entry::Entry,
     extents::{self, Runs},
@@ -36,9 +36,9 @@ pub struct Content {
     status: FileStat,
 }
 
-/// Opens a regular file without following a link or waiting for the other end of a fifo. `None` if it is none (any more), or
-/// has too many holes.
-pub fn open(parent: impl AsFd, name: &CStr) -> Result<Option<Content>, Errno> {
+/// Opens a regular file without following a link or waiting for the other end of a fifo. What is no regular file (any more)
+/// is [`Miss::Gone`].
+pub fn open(parent: impl AsFd, name: &CStr) -> Result<Content, Miss> {
     let flags = OFlag::O_RDONLY
         | OFlag::O_NOFOLLOW
         | OFlag::O_NONBLOCK
@@ -46,25 +46,20 @@ pub fn open(parent: impl AsFd, name: &CStr) -> Result<Option<Content>, Errno> {
         | OFlag::O_CLOEXEC;
     let file = match openat(parent, name, flags, Mode::empty()) {
         Ok(fd) => File::from(fd),
-        // It became a link, or a socket.
-        Err(Errno::ELOOP | Errno::ENXIO) => return Ok(None),
-        Err(error) => return Err(error),
+        Err(Errno::EACCES | Errno::EPERM) => return Err(Miss::LeftOut("it cannot be read")),
+        Err(error) => return Err(error.into()),
     };
     let status = fstat(&file)?;
     if status.st_mode & SFlag::S_IFMT.bits() != SFlag::S_IFREG.bits() {
-        return Ok(None);
+        return Err(Miss::Gone);
     }
-    let runs = match find_runs(&file, &status) {
-        Ok(runs) => runs,
-        Err(NoRuns::TooManyHoles) => return Ok(None),
-        Err(NoRuns::Failed(error)) => return Err(error),
-    };
+    let runs = find_runs(&file, &status)?;
     let data = Data {
         file,
         runs,
         packed_at: None,
     };
-    Ok(Some(Content { data, status }))
+    Ok(Content { data, status })
 }
 
 impl Content {
@@ -146,7 +141,7 @@ pub fn size(status: &FileStat) -> u64 {
     u64::try_from(status.st_size).unwrap_or(0)
 }
 
-fn find_runs(file: &File, status: &FileStat) -> Result<Runs, NoRuns> {
+fn find_runs(file: &File, status: &FileStat) -> Result<Runs, Miss> {
     let allocated = u64::try_from(status.st_blocks).unwrap_or(0) * 512;
     holes::find_runs(size(status), allocated, |from, whence| {
         let from = i64::try_from(from).map_err(|_| Errno::EFBIG)?;
@@ -155,26 +150,40 @@ fn find_runs(file: &File, status: &FileStat) -> Result<Runs, NoRuns> {
 }
 
 /// Whether an open file has the content and the attributes of an entry, holes at the same places.
-pub fn is_equal(content: &Content, known: &Entry) -> bool {
+pub fn is_equal(content: &Content, known: &Entry) -> Result<bool, Miss> {
     let data = content.data();
-    if extents::runs(&known.extents) != data.runs
-        || xattrs(&data.file).ok().as_ref() != Some(&known.xattrs)
-    {
-        return false;
+    if extents::runs(&known.extents) != data.runs || !has_xattrs(&data.file, known)? {
+        return Ok(false);
     }
     let mut sum = Sha256::new();
-    let all = data.read(drop, |bytes| {
+    data.read(miss, |bytes| {
         sum.update(bytes);
         Ok(())
-    });
-    all.is_ok() && known.sha256 == Some(sum.finalize().into())
+    })?;
+    Ok(known.sha256 == Some(sum.finalize().into()))
+}
+
+/// Whether a file or directory has the attributes of an entry. Attributes that no snapshot can have count as none.
+pub fn has_xattrs(file: impl AsFd, known: &Entry) -> Result<bool, Miss> {
+    match xattrs(file) {
+        Ok(found) => Ok(found == known.xattrs),
+        Err(Miss::LeftOut(_)) => Ok(known.xattrs.is_empty()),
+        Err(miss) => Err(miss),
+    }
+}
+
+/// What an error of reading an open file means: the file is there, so it is no absence.
+pub fn miss(error: io::Error) -> Miss {
+    Miss::Unread(error.raw_os_error().map_or(Errno::EIO, Errno::from_raw))
 }
 
 /// The `user.*` attributes of an open file or directory. Others belong to the system, and setting them takes rights that
 /// the gateway's user does not have.
-pub fn xattrs(file: impl AsFd) -> io::Result<BTreeMap<String, Vec<u8>>> {
+pub fn xattrs(file: impl AsFd) -> Result<BTreeMap<String, Vec<u8>>, Miss> {
     use rustix::fs::{fgetxattr, flistxattr, flistxattr_query};
     use rustix::io::Errno;
+
+    let failed = |error: Errno| Miss::from(nix::errno::Errno::from_raw(error.raw_os_error()));
 
     // The kernel's own limits: XATTR_LIST_MAX and XATTR_SIZE_MAX.
     const LIMIT: usize = 65_536;
@@ -182,10 +191,10 @@ pub fn xattrs(file: impl AsFd) -> io::Result<BTreeMap<String, Vec<u8>>> {
     let needed = match flistxattr_query(&file) {
         Ok(0) | Err(Errno::NOTSUP) => return Ok(BTreeMap::new()),
         Ok(needed) => needed,
-        Err(error) => return Err(error.into()),
+        Err(error) => return Err(failed(error)),
     };
     let mut names = vec![0_u8; needed.max(LIMIT)];
-    let length = flistxattr(&file, &mut names[..])?;
+    let length = flistxattr(&file, &mut names[..]).map_err(failed)?;
     let mut found = BTreeMap::new();
     let mut room = MOST_ATTRIBUTES;
     for name in names[..length].split(|byte| *byte == 0) {
@@ -198,13 +207,14 @@ pub fn xattrs(file: impl AsFd) -> io::Result<BTreeMap<String, Vec<u8>>> {
         let mut value = vec![0_u8; LIMIT];
         match fgetxattr(&file, name, &mut value[..]) {
             Ok(length) => {
-                room = (room.checked_sub(name.len() + length)).ok_or(Errno::TOOBIG)?;
+                let left = room.checked_sub(name.len() + length);
+                room = left.ok_or(Miss::LeftOut("it has too many attributes"))?;
                 value.truncate(length);
                 found.insert(name.to_owned(), value);
             }
             // It was removed meanwhile.
             Err(Errno::NODATA) => {}
-            Err(error) => return Err(error.into()),
+            Err(error) => return Err(failed(error)),
         }
     }
     Ok(found)

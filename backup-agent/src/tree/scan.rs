@@ -20,7 +20,7 @@ use nix::{
 };
 use rustix::fs::RawDir;
 
-use super::{exclude::Excludes, read};
+use super::{exclude::Excludes, miss::Miss, read};
 use crate::{
     archive::entry::{Entry, Kind, LONGEST_NAME, LONGEST_PATH, Stamp},
     error::Error,
@@ -37,6 +37,13 @@ pub struct Found<'a> {
     pub directory: Option<BorrowedFd<'a>>,
     /// Bytes on the disk.
     pub allocated: u64,
+}
+
+/// What a walk comes to, in the order of the paths.
+pub enum Met<'a> {
+    Entry(Found<'a>),
+    /// A path that the walk could not look at, with everything below it. Never [`Miss::Gone`].
+    Missed(&'a [u8], Miss),
 }
 
 /// What the visitor made of an entry.
@@ -65,23 +72,22 @@ pub fn open_root(root: &Path) -> Result<OwnedFd, Errno> {
     open(root, DIRECTORY, Mode::empty())
 }
 
-/// Visits every entry that is not left out, the root first. Entries that cannot be kept, and why, go to `skipped`.
+/// Visits every entry that is not left out, the root first.
 pub fn walk<E: From<Error>>(
     root: &Path,
     excludes: &Excludes,
-    mut visit: impl FnMut(Found<'_>) -> Result<Verdict, E>,
-    mut skipped: impl FnMut(&[u8], &'static str),
+    mut visit: impl FnMut(Met<'_>) -> Result<Verdict, E>,
 ) -> Result<(), E> {
     let fd = open_root(root).map_err(Error::local("open", root))?;
     let status = fstat(&fd).map_err(Error::local("look at", root))?;
     let names = sorted_names(&fd).map_err(Error::local("list", root))?;
-    visit(Found {
+    visit(Met::Entry(Found {
         entry: entry(b"", Kind::Dir, &status),
         parent: fd.as_fd(),
         name: c".",
         directory: Some(fd.as_fd()),
         allocated: 0,
-    })?;
+    }))?;
     let most_levels = most_levels();
     let mut links = Links::new();
     let mut path: Vec<u8> = Vec::new();
@@ -98,28 +104,26 @@ pub fn walk<E: From<Error>>(
         }
         path.extend_from_slice(name.to_bytes());
         if name.to_bytes().len() > LONGEST_NAME || path.len() > LONGEST_PATH {
-            skipped(
-                &path,
-                "its path is longer than 4,096 bytes, or its name than 255",
-            );
+            let reason = "its path is longer than 4,096 bytes, or its name than 255";
+            visit(Met::Missed(&path, Miss::LeftOut(reason)))?;
             continue;
         }
         let parent = level.fd.as_fd();
         let outcome = one(parent, name, &path, excludes, &mut links, &mut visit)?;
         match outcome {
-            Outcome::Done => {}
-            Outcome::Skipped(reason) => skipped(&path, reason),
-            Outcome::Enter(..) if levels.len() >= most_levels => {
-                skipped(
-                    &path,
-                    "what is in it is too deep for the limit of open files",
-                );
+            Ok(None) | Err(Miss::Gone) => {}
+            // A run with a higher limit has what is below.
+            Ok(Some(_)) if levels.len() >= most_levels => {
+                visit(Met::Missed(&path, Miss::Unread(Errno::EMFILE)))?;
             }
-            Outcome::Enter(fd, names) => levels.push(Level {
+            Ok(Some((fd, names))) => levels.push(Level {
                 fd,
                 names,
                 path: path.len(),
             }),
+            Err(miss) => {
+                visit(Met::Missed(&path, miss))?;
+            }
         }
     }
     Ok(())
@@ -159,50 +163,47 @@ impl Links {
     }
 }
 
-enum Outcome {
-    Done,
-    Skipped(&'static str),
-    Enter(OwnedFd, Names),
-}
-
+/// Visits one entry; gives what is in it, for a directory.
+#[expect(
+    clippy::type_complexity,
+    reason = "the outer error is the visitor's, the inner one the entry's"
+)]
 fn one<E: From<Error>>(
     parent: BorrowedFd<'_>,
     name: &CStr,
     path: &[u8],
     excludes: &Excludes,
     links: &mut Links,
-    visit: &mut impl FnMut(Found<'_>) -> Result<Verdict, E>,
-) -> Result<Outcome, E> {
+    visit: &mut impl FnMut(Met<'_>) -> Result<Verdict, E>,
+) -> Result<Result<Option<(OwnedFd, Names)>, Miss>, E> {
     let status = match fstatat(parent, name, AtFlags::AT_SYMLINK_NOFOLLOW) {
         Ok(status) => status,
-        // It went away between the listing and now.
-        Err(Errno::ENOENT) => return Ok(Outcome::Done),
-        Err(error) => return Ok(Outcome::Skipped(error.desc())),
+        Err(error) => return Ok(Err(error.into())),
     };
-    let found = |entry, directory| Found {
-        entry,
-        parent,
-        name,
-        directory,
-        allocated: u64::try_from(status.st_blocks).unwrap_or(0) * 512,
+    let found = |entry, directory| {
+        Met::Entry(Found {
+            entry,
+            parent,
+            name,
+            directory,
+            allocated: u64::try_from(status.st_blocks).unwrap_or(0) * 512,
+        })
     };
     let kind = SFlag::from_bits_truncate(status.st_mode & SFlag::S_IFMT.bits());
     // A link is judged with its target, below.
     if kind != SFlag::S_IFLNK && excludes.matches(path, kind == SFlag::S_IFDIR) {
-        return Ok(Outcome::Done);
+        return Ok(Ok(None));
     }
     match kind {
         SFlag::S_IFDIR => {
             let opened = openat(parent, name, DIRECTORY, Mode::empty())
                 .and_then(|fd| Ok((fstat(&fd)?, sorted_names(&fd)?, fd)));
-            match opened {
-                Ok((status, names, fd)) => {
-                    visit(found(entry(path, Kind::Dir, &status), Some(fd.as_fd())))?;
-                    Ok(Outcome::Enter(fd, names))
-                }
-                Err(Errno::ENOENT) => Ok(Outcome::Done),
-                Err(error) => Ok(Outcome::Skipped(error.desc())),
-            }
+            let (status, names, fd) = match opened {
+                Ok(opened) => opened,
+                Err(error) => return Ok(Err(error.into())),
+            };
+            visit(found(entry(path, Kind::Dir, &status), Some(fd.as_fd())))?;
+            return Ok(Ok(Some((fd, names))));
         }
         SFlag::S_IFREG => {
             let key = (status.st_dev, status.st_ino);
@@ -213,32 +214,34 @@ fn one<E: From<Error>>(
                 entry.size = 0;
                 entry.link = Some(first.to_vec());
                 visit(found(entry, None))?;
-                return Ok(Outcome::Done);
-            }
-            match visit(found(entry, None))? {
-                Verdict::Taken if has_names => {
-                    links.remember(key, path);
-                    Ok(Outcome::Done)
-                }
-                Verdict::Taken => Ok(Outcome::Done),
-                Verdict::Skipped => Ok(Outcome::Skipped("it cannot be read")),
+            } else if visit(found(entry, None))? == Verdict::Taken && has_names {
+                links.remember(key, path);
             }
         }
-        SFlag::S_IFLNK => match readlinkat(parent, name) {
-            Ok(target) if excludes.matches_link(path, target.as_bytes()) => Ok(Outcome::Done),
-            Ok(target) => {
+        SFlag::S_IFLNK => {
+            let target = match readlinkat(parent, name) {
+                Ok(target) => target,
+                Err(error) => return Ok(Err(link_miss(error))),
+            };
+            if !excludes.matches_link(path, target.as_bytes()) {
                 let mut entry = entry(path, Kind::Symlink, &status);
                 entry.link = Some(target.into_vec());
                 visit(found(entry, None))?;
-                Ok(Outcome::Done)
             }
-            Err(Errno::ENOENT) => Ok(Outcome::Done),
-            Err(error) => Ok(Outcome::Skipped(error.desc())),
-        },
+        }
         // Nobody expects a socket back: its process is gone.
-        SFlag::S_IFSOCK => Ok(Outcome::Done),
-        SFlag::S_IFIFO => Ok(Outcome::Skipped("it is a fifo")),
-        _ => Ok(Outcome::Skipped("it is a device")),
+        SFlag::S_IFSOCK => {}
+        SFlag::S_IFIFO => return Ok(Err(Miss::LeftOut("it is a fifo"))),
+        _ => return Ok(Err(Miss::LeftOut("it is a device"))),
+    }
+    Ok(Ok(None))
+}
+
+/// Why a link cannot be read: what is no link any more says EINVAL (readlink(2)).
+fn link_miss(error: Errno) -> Miss {
+    match error {
+        Errno::EINVAL => Miss::Gone,
+        other => other.into(),
     }
 }
 
@@ -291,6 +294,7 @@ pub fn entry(path: &[u8], kind: Kind, status: &FileStat) -> Entry {
             ctime: nanos(status.st_ctime, status.st_ctime_nsec),
             ino: status.st_ino,
             is_linked: status.st_nlink > 1,
+            is_unread: false,
         }),
         ..Entry::deleted(path.to_vec())
     }

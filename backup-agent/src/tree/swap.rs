@@ -27,7 +27,7 @@ use nix::{
 };
 use rustix::fs::{CWD, RenameFlags, StatxAttributes, StatxFlags, renameat_with, statx};
 
-use super::{identity::Identity, read::xattrs, remove::remove, scan::DIRECTORY};
+use super::{identity::Identity, miss::Miss, read::xattrs, remove::remove, scan::DIRECTORY};
 use crate::{error::Error, log};
 
 /// Name of the working directory where it has to be inside of the root; `exclude` leaves it out.
@@ -47,7 +47,7 @@ impl Staging {
     pub fn new(root: &Path, identity: Option<Identity>) -> Result<Self, Error> {
         let parent = root.parent().unwrap_or(Path::new("/"));
         fs::create_dir_all(parent).map_err(Error::local("make", parent))?;
-        if let Some(mount) = mount_below(root) {
+        if let Some(mount) = mount_below(root)? {
             // Whatever is mounted there would be emptied with the old tree.
             return Err(Error::local("replace", mount)(Errno::EBUSY));
         }
@@ -167,7 +167,11 @@ impl Staging {
     fn hand_over_status(&self, status: &FileStat, root: &Path) -> io::Result<()> {
         let fd = open(root, DIRECTORY, Mode::empty())?;
         fchown(&fd, Some(status.st_uid.into()), Some(status.st_gid.into()))?;
-        for (name, value) in xattrs(self.fd.as_fd())? {
+        let attributes = xattrs(self.fd.as_fd()).map_err(|miss| match miss {
+            Miss::Unread(errno) => errno.into(),
+            Miss::Gone | Miss::LeftOut(_) => io::Error::from(io::ErrorKind::InvalidData),
+        });
+        for (name, value) in attributes? {
             let flags = rustix::fs::XattrFlags::empty();
             rustix::fs::fsetxattr(&fd, name.as_str(), &value, flags)?;
         }
@@ -213,13 +217,18 @@ pub fn sweep(root: &Path) -> Result<bool, Error> {
 }
 
 /// A mount point below a directory, if there is one.
-fn mount_below(root: &Path) -> Option<PathBuf> {
-    let root = fs::canonicalize(root).ok()?;
-    let mounts = fs::read("/proc/self/mountinfo").ok()?;
+fn mount_below(root: &Path) -> Result<Option<PathBuf>, Error> {
+    const MOUNTS: &str = "/proc/self/mountinfo";
+    let root = match fs::canonicalize(root) {
+        Ok(root) => root,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(Error::local("find", root)(error)),
+    };
+    let mounts = fs::read(MOUNTS).map_err(Error::local("read", MOUNTS))?;
     let point = |line: &[u8]| unescaped(line.split(|byte| *byte == b' ').nth(4)?);
     let points = mounts.split(|byte| *byte == b'\n').filter_map(point);
     let mut points = points.map(|point| PathBuf::from(OsString::from_vec(point)));
-    points.find(|point| *point != root && point.starts_with(&root))
+    Ok(points.find(|point| *point != root && point.starts_with(&root)))
 }
 
 /// A path of /proc/self/mountinfo, in which white space and backslashes are octal numbers.

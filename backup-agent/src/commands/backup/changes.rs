@@ -4,15 +4,15 @@
 //! everything. A walk can also capture the content of what it logs: then all of it is of the time of the walk.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashSet},
     fs::File,
-    io::Write,
+    io::{Seek, SeekFrom, Write},
     os::fd::AsFd,
     path::Path,
     time::{Duration, Instant},
 };
 
-use nix::unistd::Uid;
+use nix::{errno::Errno, unistd::Uid};
 
 use crate::{
     archive::{
@@ -24,14 +24,17 @@ use crate::{
         spool::Spool,
     },
     error::Error,
-    local_index::{Known, Racy, Unreadable, file_clock, is_changed},
+    local_index::{Doubts, Judgement, Known, Racy, Unreadable, could_repeat, file_clock, unit},
     log,
     snapshot::{layers::Size, record::Layer},
     tree::{
+        cursor::is_above,
         exclude::Excludes,
         holes, identity,
+        miss::{Miss, Unread},
         read::{self, Content},
-        scan::{self, Found, Verdict},
+        root::RootId,
+        scan::{self, Found, Met, Verdict},
     },
 };
 
@@ -46,13 +49,25 @@ pub struct Changes {
     pub bytes: u64,
     /// What the tree still needs of each layer.
     pub layers: Vec<Size>,
+    /// The directory that was walked.
+    pub root: Option<RootId>,
     /// The file systems' clock when the walk began.
     pub started: i64,
-    /// Something changed in that tick of the clock or later: before it was found or after, nobody can tell.
-    pub is_racy: bool,
+    /// Until then by that clock, what changes can get the time of something that was found.
+    pub racy_until: Option<i64>,
+    /// Inodes of files in the tree that processes can change without the kernel setting a time.
+    pub unseen: HashSet<u64>,
     /// How long the walk took.
     pub took: Duration,
     pub skipped: Skipped,
+    pub unread: Unread,
+    /// Files that names which cannot be read are hard links of, and the directories around them. They have to stay as they
+    /// were, or those names would lead nowhere: the walk has to be done again with them in [`Look::held`].
+    pub needed: HashSet<Vec<u8>>,
+    /// Those that the walk left as they were for that reason.
+    pub held: HashSet<Vec<u8>>,
+    /// Why files may have changed that seem not to have.
+    pub doubt: Option<String>,
     log: Option<Spool>,
     captured: Option<Spool>,
 }
@@ -102,17 +117,19 @@ impl Skipped {
         }
     }
 
-    fn join(&mut self, other: Self) {
-        self.count += other.count;
-        self.named.extend(other.named);
-    }
-
-    /// The attributes of an entry; none, where they cannot be read or are too many.
-    pub fn attributes(&mut self, of: impl AsFd, entry: &Entry) -> BTreeMap<String, Vec<u8>> {
-        read::xattrs(of).unwrap_or_else(|_| {
-            self.add(&entry.path, "only its attributes: too many, or unreadable");
-            BTreeMap::new()
-        })
+    /// The attributes of an entry; none, where no snapshot can have them.
+    pub fn attributes(
+        &mut self,
+        of: impl AsFd,
+        entry: &Entry,
+    ) -> Result<BTreeMap<String, Vec<u8>>, Miss> {
+        match read::xattrs(of) {
+            Err(Miss::LeftOut(_)) => {
+                self.add(&entry.path, "only its attributes: too many, or unreadable");
+                Ok(BTreeMap::new())
+            }
+            other => other,
+        }
     }
 
     /// Says what was left out.
@@ -160,33 +177,59 @@ pub struct Capture {
     pub until: Instant,
 }
 
-/// Compares the tree with an index of a snapshot that has these layers. `log` is an empty file.
+/// How to look at the tree.
+pub struct Look<'a> {
+    pub root: &'a Path,
+    pub excludes: &'a Excludes,
+    /// Layers of the snapshot that the index is of.
+    pub layers: &'a [Layer],
+    pub racy: Racy,
+    /// Inodes that processes can change now without the kernel setting a time.
+    pub unseen_now: &'a HashSet<u64>,
+    /// Those, and what they could change at the look before.
+    pub unseen: &'a HashSet<u64>,
+    /// Paths that keep what the index has, whatever is found there.
+    pub held: &'a HashSet<Vec<u8>>,
+}
+
+/// Compares the tree with an index. `log` is an empty file.
 pub fn scan(
-    root: &Path,
-    excludes: &Excludes,
+    look: &Look<'_>,
     known: Known,
-    layers: &[Layer],
-    racy: Racy,
     log: File,
     capture: Option<Capture>,
 ) -> Result<Changes, Stop> {
     let begun = Instant::now();
-    let sizes = layers.iter().map(|layer| Size {
+    let sizes = look.layers.iter().map(|layer| Size {
         whole: layer.raw_size,
         live: 0,
+        is_pinned: false,
     });
     let mut scan = Scan {
-        racy,
+        look,
+        doubts: Doubts {
+            started: known.started,
+            unseen: look.unseen,
+            racy: look.racy,
+        },
         known,
+        unread_above: None,
+        covered: None,
         reader: identity::current(),
         changes: Changes {
             count: 0,
             bytes: 0,
             layers: sizes.collect(),
+            root: None,
             started: file_clock()?,
-            is_racy: false,
+            racy_until: None,
+            unseen: HashSet::new(),
             took: Duration::ZERO,
             skipped: Skipped::default(),
+            unread: Unread::default(),
+            needed: HashSet::new(),
+            held: HashSet::new(),
+            doubt: None,
             log: None,
             captured: None,
         },
@@ -195,13 +238,9 @@ pub fn scan(
         capture,
         captured: 0,
     };
-    let mut skipped = Skipped::default();
-    let visit = |found: Found<'_>| scan.visit(found);
-    scan::walk(root, excludes, visit, |path, reason| {
-        skipped.add(path, reason);
-    })?;
-    while let Some(gone) = scan.known.rest()? {
-        scan.gone(&gone)?;
+    scan::walk(look.root, look.excludes, |met| scan.meet(met))?;
+    while let Some(known) = scan.known.rest()? {
+        scan.absent(&known)?;
     }
     let mut changes = scan.changes;
     if let Some(log) = scan.log {
@@ -209,18 +248,22 @@ pub fn scan(
         changes.log = Some(Spool::new(file));
     }
     changes.captured = scan.capture.map(|capture| Spool::new(capture.file));
-    changes.skipped.join(skipped);
     changes.took = begun.elapsed();
     Ok(changes)
 }
 
 /// What errors call the two working files.
 const LOG: &str = "the log of what changed in RUNTIME_STATE";
-const CAPTURED: &str = "the captured files in RUNTIME_STATE";
+pub const CAPTURED: &str = "the captured files in RUNTIME_STATE";
 
-struct Scan {
-    racy: Racy,
+struct Scan<'a> {
+    look: &'a Look<'a>,
+    doubts: Doubts<'a>,
     known: Known,
+    /// The last path that could not be looked at: what the index has below it stays.
+    unread_above: Option<Vec<u8>>,
+    /// A directory in the place of something else that is held: nothing below it can be in the snapshot.
+    covered: Option<Vec<u8>>,
     /// Whose rights files are opened with.
     reader: Uid,
     changes: Changes,
@@ -232,56 +275,169 @@ struct Scan {
     captured: u64,
 }
 
-impl Scan {
-    fn visit(&mut self, found: Found<'_>) -> Result<Verdict, Stop> {
+impl Scan<'_> {
+    fn meet(&mut self, met: Met<'_>) -> Result<Verdict, Stop> {
         if let Some(capture) = &self.capture
             && Instant::now() >= capture.until
         {
             return Err(Stop::Late);
         }
-        while let Some(gone) = self.known.before(&found.entry.path)? {
-            self.gone(&gone)?;
+        let path = match &met {
+            Met::Entry(found) => &found.entry.path[..],
+            Met::Missed(path, _) => path,
+        };
+        while let Some(known) = self.known.before(path)? {
+            self.absent(&known)?;
         }
-        let changed_at = found.entry.stamp.map(|stamp| stamp.ctime);
-        self.changes.is_racy |= changed_at.is_some_and(|at| at >= self.changes.started);
-        let known = self.known.at(&found.entry.path)?;
-        if let Some(known) = &known
-            && !is_changed(&found, known, self.known.started, self.racy)
-        {
-            self.keep(known);
-            // Its content has to be written again, and it must be that of now.
-            let is_taken = |capture: &Capture| {
-                let decides = known.layers.last();
-                decides.is_some_and(|layer| capture.taken[*layer as usize])
-            };
-            if !self.capture.as_ref().is_some_and(is_taken) {
-                return Ok(Verdict::Taken);
+        match met {
+            Met::Entry(found) => self.visit(found),
+            Met::Missed(path, miss) => {
+                self.miss(path, miss);
+                Ok(Verdict::Skipped)
             }
-            return self.note(found);
         }
-        let bytes = found.allocated.min(found.entry.size);
-        let verdict = self.note(found)?;
-        match (verdict, known) {
-            (Verdict::Taken, _) => self.change(bytes),
-            // As if it were not there: an older layer must not fill in for it.
-            (Verdict::Skipped, Some(known)) => self.gone(&known)?,
-            (Verdict::Skipped, None) => {}
-        }
-        Ok(verdict)
     }
 
-    /// Logs what was found, with all that can be known of it now.
-    fn note(&mut self, found: Found<'_>) -> Result<Verdict, Stop> {
-        let mut entry = found.entry;
+    fn visit(&mut self, found: Found<'_>) -> Result<Verdict, Stop> {
+        if found.entry.path.is_empty() {
+            self.changes.root = Some(RootId::of(found.parent)?);
+        }
+        if let Some(stamp) = found.entry.stamp {
+            if could_repeat(stamp.ctime, self.changes.started)? {
+                let until = stamp.ctime.saturating_add(unit(stamp.ctime));
+                self.changes.racy_until = self.changes.racy_until.max(Some(until));
+            }
+            if found.entry.kind == Kind::File && self.look.unseen_now.contains(&stamp.ino) {
+                self.changes.unseen.insert(stamp.ino);
+            }
+        }
+        let path = &found.entry.path;
+        let known = self.known.at(path)?;
+        if self
+            .covered
+            .as_ref()
+            .is_some_and(|above| is_above(above, path))
+        {
+            self.changes.unread.add(display(path));
+            return Ok(Verdict::Skipped);
+        }
+        let bytes = found.allocated.min(found.entry.size);
+        let Some(known) = known else {
+            let miss = self.note(&found, None)?;
+            return Ok(match miss {
+                None => {
+                    self.change(bytes);
+                    Verdict::Taken
+                }
+                Some(miss) => {
+                    self.miss(path, miss);
+                    Verdict::Skipped
+                }
+            });
+        };
+        let is_directory = |entry: &Entry| entry.kind == Kind::Dir;
+        let are_directories = is_directory(&found.entry) && is_directory(&known);
+        if self.look.held.contains(path) && !are_directories {
+            if is_directory(&found.entry) {
+                self.covered = Some(path.clone());
+            }
+            self.changes.unread.add(display(path));
+            self.keep_unread(&known);
+            return Ok(Verdict::Taken);
+        }
+        let miss = match self.doubts.judge(&found, &known)? {
+            Judgement::Unread => Some(Miss::Unread(Errno::EIO)),
+            Judgement::Same => {
+                // Its content has to be written again, and it must be that of now.
+                let is_taken = |capture: &Capture| {
+                    let decides = known.layers.last();
+                    decides.is_some_and(|layer| capture.taken[*layer as usize])
+                };
+                let is_taken = self.capture.as_ref().is_some_and(is_taken);
+                let miss = if is_taken {
+                    self.note(&found, Some(&known))?
+                } else {
+                    None
+                };
+                if miss.is_none() {
+                    self.keep(&known);
+                }
+                miss
+            }
+            Judgement::Changed => {
+                let miss = self.note(&found, Some(&known))?;
+                if miss.is_none() {
+                    self.change(bytes);
+                }
+                miss
+            }
+        };
+        match miss {
+            None => return Ok(Verdict::Taken),
+            Some(Miss::Unread(_)) if are_directories => {
+                // Only its attributes: what is in it is looked at.
+                self.changes.unread.add(display(path));
+                self.keep_unread(&known);
+            }
+            Some(miss @ Miss::Unread(_)) => {
+                self.miss(path, miss);
+                self.keep_unread(&known);
+            }
+            Some(miss) => {
+                self.miss(path, miss);
+                // As if it were not there: an older layer must not fill in for it.
+                self.gone(&known)?;
+            }
+        }
+        Ok(Verdict::Skipped)
+    }
+
+    /// Says that a path could not be taken.
+    fn miss(&mut self, path: &[u8], miss: Miss) {
+        match miss {
+            Miss::Gone => {}
+            Miss::LeftOut(reason) => self.changes.skipped.add(path, reason),
+            Miss::Unread(_) => {
+                self.changes.unread.add(display(path));
+                self.unread_above = Some(path.to_vec());
+            }
+        }
+    }
+
+    /// A path of the index that the walk did not come to.
+    fn absent(&mut self, known: &Entry) -> Result<(), Stop> {
+        let is_above = |unread: &Vec<u8>| is_above(unread, &known.path);
+        if self.unread_above.as_ref().is_some_and(is_above) {
+            self.keep_unread(known);
+            return Ok(());
+        }
+        if self.look.held.contains(&known.path) && known.kind != Kind::Deleted {
+            self.changes.unread.add(known.display());
+            self.keep_unread(known);
+            return Ok(());
+        }
+        self.gone(known)
+    }
+
+    /// Logs what was found, with all that can be known of it now; or why it cannot be taken.
+    fn note(&mut self, found: &Found<'_>, known: Option<&Entry>) -> Result<Option<Miss>, Stop> {
+        let mut entry = found.entry.clone();
         match (entry.kind, &mut self.capture) {
             (Kind::File, Some(capture)) => {
-                let Ok(Some(content)) = read::open(found.parent, found.name) else {
-                    return Ok(Verdict::Skipped);
+                let content = match read::open(found.parent, found.name) {
+                    Ok(content) => content,
+                    Err(miss) => return Ok(Some(miss)),
                 };
                 // What is recorded is the file that was opened, not the one that was listed.
                 entry = scan::entry(&entry.path, Kind::File, content.status());
-                entry.xattrs = self.changes.skipped.attributes(content.file(), &entry);
-                entry.extents = capture.take(&entry, &content, self.captured)?;
+                match self.changes.skipped.attributes(content.file(), &entry) {
+                    Ok(xattrs) => entry.xattrs = xattrs,
+                    Err(miss) => return Ok(Some(miss)),
+                }
+                entry.extents = match capture.take(&entry, &content, self.captured)? {
+                    Ok(extents) => extents,
+                    Err(miss) => return Ok(Some(miss)),
+                };
                 self.captured += entry.data();
             }
             (Kind::File, None) => {
@@ -292,20 +448,30 @@ impl Scan {
                 // Found out here, it does not count as changed each time.
                 let is_odd = holes::may_be_too_many(entry.size, found.allocated);
                 if (is_doubtful || is_linked || is_odd)
-                    && !matches!(read::open(found.parent, found.name), Ok(Some(_)))
+                    && let Err(miss) = read::open(found.parent, found.name)
                 {
-                    return Ok(Verdict::Skipped);
+                    return Ok(Some(miss));
                 }
             }
             (Kind::Dir, _) => {
                 if let Some(directory) = found.directory {
-                    entry.xattrs = self.changes.skipped.attributes(directory, &entry);
+                    match self.changes.skipped.attributes(directory, &entry) {
+                        Ok(xattrs) => entry.xattrs = xattrs,
+                        Err(miss) if known.is_some_and(|known| known.kind == Kind::Dir) => {
+                            return Ok(Some(miss));
+                        }
+                        Err(_) => {
+                            // Without it, what is in it would be in no directory. Without a stamp, it is read again.
+                            self.changes.unread.add(entry.display());
+                            entry.stamp = None;
+                        }
+                    }
                 }
             }
             (Kind::Symlink | Kind::Hardlink | Kind::Deleted, _) => {}
         }
         self.append(&entry)?;
-        Ok(Verdict::Taken)
+        Ok(None)
     }
 
     fn append(&mut self, entry: &Entry) -> Result<(), Error> {
@@ -325,6 +491,21 @@ impl Scan {
         }
     }
 
+    /// A path that cannot be read: what the index has of it stays, and so does the layer that has its content.
+    fn keep_unread(&mut self, known: &Entry) {
+        self.keep(known);
+        match (known.kind, known.layers.last(), &known.link) {
+            (Kind::File, Some(layer), _) => self.changes.layers[*layer as usize].is_pinned = true,
+            (Kind::Hardlink, _, Some(first)) if !self.look.held.contains(first) => {
+                let slashes = (0..first.len()).filter(|at| first[*at] == b'/');
+                let above = slashes.map(|end| first[..end].to_vec());
+                self.changes.needed.extend(above);
+                self.changes.needed.insert(first.clone());
+            }
+            _ => {}
+        }
+    }
+
     fn change(&mut self, data: u64) {
         self.changes.count += 1;
         self.changes.bytes = self.changes.bytes.saturating_add(weight(data));
@@ -341,20 +522,36 @@ impl Scan {
 }
 
 impl Capture {
-    /// Copies a file's data behind those that are there; gives their extents.
-    fn take(&mut self, entry: &Entry, content: &Content, at: u64) -> Result<Extents, Stop> {
+    /// Copies a file's data behind the `at` bytes that are there; gives their extents, or why they cannot be read.
+    fn take(
+        &mut self,
+        entry: &Entry,
+        content: &Content,
+        at: u64,
+    ) -> Result<Result<Extents, Miss>, Stop> {
+        enum End {
+            Miss(Miss),
+            Stop(Stop),
+        }
+
         let Self { file, until, .. } = self;
-        content.data().read(
-            |source| Stop::Failed(Error::local("read", entry.display())(source)),
+        // What a file that failed in the middle left is written over.
+        file.seek(SeekFrom::Start(at))
+            .map_err(Error::local("write", CAPTURED))?;
+        let copied = content.data().read(
+            |error| End::Miss(read::miss(error)),
             |bytes| {
                 if Instant::now() >= *until {
-                    return Err(Stop::Late);
+                    return Err(End::Stop(Stop::Late));
                 }
-                Ok(file
-                    .write_all(bytes)
-                    .map_err(Error::local("write", CAPTURED))?)
+                let written = file.write_all(bytes);
+                written.map_err(|error| End::Stop(Error::local("write", CAPTURED)(error).into()))
             },
-        )?;
-        Ok(extents(content.data().runs(), entry.size, at))
+        );
+        match copied {
+            Ok(()) => Ok(Ok(extents(content.data().runs(), entry.size, at))),
+            Err(End::Miss(miss)) => Ok(Err(miss)),
+            Err(End::Stop(stop)) => Err(stop),
+        }
     }
 }

@@ -1,21 +1,29 @@
 //! Writes one layer, and the local index of the snapshot that it makes: the old index and the log of changes, merged.
 
-use std::{collections::HashMap, fs::File, path::PathBuf};
+use std::{
+    collections::HashMap,
+    fs::File,
+    path::PathBuf,
+    thread,
+    time::{Duration, Instant},
+};
 
-use super::changes::{Log, Skipped};
+use super::changes::{CAPTURED, Log, Skipped};
 use crate::{
     archive::{
-        entry::{Entry, Kind, Numbers},
+        entry::{Entry, Kind, Numbers, Stamp},
         extents::{Extent, runs},
+        parts::SMALLEST,
         spool::Spool,
         writer::{Halt, LayerWriter},
     },
     error::Error,
-    local_index::{Known, LocalIndex},
+    local_index::{Known, LocalIndex, Unreadable},
     snapshot::record::{Layer, Totals},
     tree::{
         cursor::Cursor,
-        read::{self, Data},
+        miss::{Miss, Unread},
+        read::{self, Content, Data},
         scan::{self, open_root},
     },
 };
@@ -64,50 +72,123 @@ pub struct Inputs {
     pub captured: Option<Spool>,
 }
 
+/// How a layer is written.
+#[derive(Clone, Copy)]
+pub struct Manner {
+    /// Each file is read once before it is written, because one could not be read to its end.
+    pub is_careful: bool,
+    /// By then everything has to have arrived on the store: what does not fit any more is left for the next run. `None`
+    /// where layers are taken over, since what was theirs cannot be left.
+    pub until: Option<Instant>,
+}
+
+/// Why a layer is no good.
+pub enum End {
+    Halt(Halt),
+    /// The same has to be tried again: with this layer of the old snapshot left alone, or carefully.
+    Again {
+        pinned: Option<u32>,
+    },
+}
+
+impl From<Halt> for End {
+    fn from(halt: Halt) -> Self {
+        Self::Halt(halt)
+    }
+}
+
+impl From<Error> for End {
+    fn from(error: Error) -> Self {
+        Self::Halt(error.into())
+    }
+}
+
+impl From<Unreadable> for End {
+    fn from(unreadable: Unreadable) -> Self {
+        Self::Halt(unreadable.into())
+    }
+}
+
+/// What became of a layer.
+pub struct Written {
+    pub layer: Layer,
+    pub totals: Totals,
+    pub skipped: Skipped,
+    pub unread: Unread,
+    /// The time was up before all changes were written.
+    pub is_part: bool,
+}
+
 /// A layer under way, on a thread with the gateway user's rights; its own files were opened before.
 pub struct Pass {
     inputs: Inputs,
+    manner: Manner,
+    begun: Instant,
     words: Words,
     layer: LayerWriter,
     index: LocalIndex,
     totals: Totals,
     skipped: Skipped,
+    unread: Unread,
     /// Files with several names whose first one went away meanwhile, and the name that stands in for it.
     lost: HashMap<Vec<u8>, Option<Vec<u8>>>,
 }
 
+/// What the old snapshot has of a path.
+enum Old {
+    /// The very entry that is written again.
+    Same,
+    Other(Option<Entry>),
+}
+
 impl Pass {
-    pub fn new(inputs: Inputs, words: Words, layer: LayerWriter, index: LocalIndex) -> Self {
+    pub fn new(
+        inputs: Inputs,
+        manner: Manner,
+        words: Words,
+        layer: LayerWriter,
+        index: LocalIndex,
+    ) -> Self {
         Self {
             inputs,
+            manner,
+            begun: Instant::now(),
             words,
             layer,
             index,
             totals: Totals::default(),
             skipped: Skipped::default(),
+            unread: Unread::default(),
             lost: HashMap::new(),
         }
     }
 
-    /// Writes it all. What could not be read any more is among what was skipped.
-    pub fn run(mut self) -> Result<(Layer, Totals, Skipped), Halt> {
+    /// Writes it all.
+    pub fn run(mut self) -> Result<Written, End> {
         let root = &self.inputs.root;
         let root = open_root(root).map_err(Error::local("open", root))?;
         let mut tree = Cursor::new(root);
         let captured = self.inputs.captured.take();
+        let mut is_part = false;
         while let Some(change) = self.inputs.log.next()? {
+            if self.is_late() {
+                is_part = true;
+                break;
+            }
             while let Some(known) = self.inputs.known.before(&change.path)? {
                 self.pass_on(known, &mut tree)?;
             }
             let known = self.inputs.known.at(&change.path)?;
-            let layers = known.map_or_else(Numbers::new, |known| self.words.left(&known));
+            let layers = known
+                .as_ref()
+                .map_or_else(Numbers::new, |known| self.words.left(known));
             if change.kind == Kind::Deleted {
                 self.hide(change.path, layers)?;
             } else {
                 let from = captured
                     .as_ref()
                     .map_or(Contents::Tree(&mut tree), Contents::Captured);
-                self.put(change, layers, from)?;
+                self.put(change, layers, from, Old::Other(known))?;
             }
         }
         while let Some(known) = self.inputs.known.rest()? {
@@ -116,11 +197,42 @@ impl Pass {
         self.index.finish()?;
         let layer = self.layer.finish()?;
         self.totals.stored_bytes = layer.size;
-        Ok((layer, self.totals, self.skipped))
+        Ok(Written {
+            layer,
+            totals: self.totals,
+            skipped: self.skipped,
+            unread: self.unread,
+            is_part,
+        })
+    }
+
+    /// Whether what was written until now just fits into the time that is left, judged by how fast it has arrived.
+    fn is_late(&self) -> bool {
+        /// Until something has arrived, no more than two parts' worth is on its way: nobody knows how long it takes.
+        const UNKNOWN: u64 = 2 * SMALLEST;
+
+        let Some(until) = self.manner.until else {
+            return false;
+        };
+        while self.layer.landed() == 0
+            && self.layer.given() > SMALLEST
+            && self.layer.behind() > UNKNOWN
+            && Instant::now() < until
+        {
+            thread::sleep(Duration::from_millis(1));
+        }
+        let left = until.saturating_duration_since(Instant::now());
+        let (passed, landed) = (self.begun.elapsed(), self.layer.landed());
+        if landed == 0 {
+            return left < passed;
+        }
+        let needed = passed.as_millis() * u128::from(self.layer.behind()) / u128::from(landed);
+        // The last fifth is for the index, and for a store that gets slower.
+        needed > left.as_millis() * 4 / 5
     }
 
     /// A path that has not changed.
-    fn pass_on(&mut self, mut known: Entry, tree: &mut Cursor) -> Result<(), Halt> {
+    fn pass_on(&mut self, mut known: Entry, tree: &mut Cursor) -> Result<(), End> {
         let layers = self.words.left(&known);
         if self.words.is_kept(&known) {
             known.layers = layers;
@@ -130,85 +242,148 @@ impl Pass {
         if known.kind == Kind::Deleted {
             self.hide(known.path, layers)
         } else {
-            self.put(known, layers, Contents::Tree(tree))
+            self.put(known, layers, Contents::Tree(tree), Old::Same)
         }
     }
 
     /// Puts a path into the layer; `layers` are those that stay and have a word on it, too.
     fn put(
         &mut self,
-        entry: Entry,
+        mut entry: Entry,
         mut layers: Numbers,
         contents: Contents<'_>,
-    ) -> Result<(), Halt> {
-        let path = entry.path.clone();
-        let Some(mut entry) = self.write(entry, contents)? else {
-            self.skipped.add(&path, "it cannot be read");
-            // As if it were not there: an older layer must not fill in for it.
-            return self.hide(path, layers);
-        };
-        layers.push(self.words.own);
-        entry.layers = layers;
-        self.count(&entry);
-        Ok(self.index.entry(&entry)?)
+        old: Old,
+    ) -> Result<(), End> {
+        let miss = self.write(&mut entry, contents)?;
+        match miss {
+            Ok(()) => {
+                layers.push(self.words.own);
+                entry.layers = layers;
+                self.count(&entry);
+                Ok(self.index.entry(&entry)?)
+            }
+            Err(Miss::Unread(_)) => {
+                self.unread.add(entry.display());
+                self.keep(entry, layers, old)
+            }
+            Err(miss) => {
+                if let Miss::LeftOut(reason) = miss {
+                    self.skipped.add(&entry.path, reason);
+                }
+                // As if it were not there: an older layer must not fill in for it.
+                self.hide(entry.path, layers)
+            }
+        }
     }
 
-    /// Puts an entry into the layer; `None` when it cannot be read.
-    fn write(&mut self, mut entry: Entry, contents: Contents<'_>) -> Result<Option<Entry>, Halt> {
+    /// Leaves a path that cannot be read as the old snapshot has it.
+    fn keep(&mut self, entry: Entry, mut layers: Numbers, old: Old) -> Result<(), End> {
+        let stamp = entry.stamp.map(|stamp| Stamp {
+            is_unread: true,
+            ..stamp
+        });
+        let old = match old {
+            Old::Same => entry,
+            Old::Other(Some(old)) if old.kind != Kind::Deleted => old,
+            Old::Other(_) => return self.hide(entry.path, layers),
+        };
+        if !self.words.is_kept(&old) {
+            if old.kind == Kind::File {
+                let pinned = old.layers.last().copied();
+                return Err(End::Again { pinned });
+            }
+            self.layer.add(&old)?;
+            layers.push(self.words.own);
+        }
+        self.count(&old);
+        Ok(self.index.entry(&Entry {
+            stamp,
+            layers,
+            ..old
+        })?)
+    }
+
+    /// Puts an entry into the layer, or says why it cannot be read; then the entry is what it was.
+    fn write(
+        &mut self,
+        entry: &mut Entry,
+        contents: Contents<'_>,
+    ) -> Result<Result<(), Miss>, End> {
         if entry.kind == Kind::Hardlink
-            && let Some(first) = entry.link.take_if(|first| self.lost.contains_key(first))
+            && let Some(first) = &entry.link
+            && let Some(stand_in) = self.lost.get(first)
         {
-            if let Some(Some(other)) = self.lost.get(&first) {
+            let first = first.clone();
+            if let Some(other) = stand_in {
                 entry.link = Some(other.clone());
             } else {
-                entry.kind = Kind::File;
-                let written = self.write_file(entry, contents)?;
-                let path = written.as_ref().map(|file| file.path.clone());
-                self.lost.insert(first, path);
+                let mut file = Entry {
+                    kind: Kind::File,
+                    link: None,
+                    ..entry.clone()
+                };
+                let written = self.write_file(&mut file, contents)?;
+                if written.is_ok() {
+                    self.lost.insert(first, Some(file.path.clone()));
+                    *entry = file;
+                }
                 return Ok(written);
             }
         }
         if entry.kind == Kind::File {
-            let path = entry.path.clone();
             let is_linked = entry.stamp.is_some_and(|stamp| stamp.is_linked);
             let written = self.write_file(entry, contents)?;
-            if written.is_none() && is_linked {
-                self.lost.insert(path, None);
+            if written.is_err() && is_linked {
+                self.lost.insert(entry.path.clone(), None);
             }
             return Ok(written);
         }
-        self.layer.add(&entry)?;
-        Ok(Some(entry))
+        self.layer.add(entry)?;
+        Ok(Ok(()))
     }
 
     fn write_file(
         &mut self,
-        mut entry: Entry,
+        entry: &mut Entry,
         contents: Contents<'_>,
-    ) -> Result<Option<Entry>, Halt> {
+    ) -> Result<Result<(), Miss>, End> {
         let tree = match contents {
             Contents::Captured(captured) => {
-                let data = captured_data(captured, &entry)?;
-                self.layer.add_file(&mut entry, &data)?;
-                return Ok(Some(entry));
+                let data = captured_data(captured, entry)?;
+                // What is in a file of ours has to be readable.
+                return match self.layer.add_file(entry, &data)? {
+                    Err(Miss::Unread(errno)) => Err(Error::local("read", CAPTURED)(errno).into()),
+                    other => Ok(other),
+                };
             }
             Contents::Tree(tree) => tree,
         };
-        let Ok((parent, name)) = tree.parent(&entry.path) else {
-            return Ok(None);
+        let (mut found, content) = match self.open(entry, tree) {
+            Ok(opened) => opened,
+            Err(miss) => return Ok(Err(miss)),
         };
-        let Ok(Some(content)) = read::open(parent, &name) else {
-            return Ok(None);
-        };
-        // What is recorded is the file that was opened, not the one that was listed.
-        let mut entry = scan::entry(&entry.path, Kind::File, content.status());
-        entry.xattrs = self.skipped.attributes(content.file(), &entry);
-        self.layer.add_file(&mut entry, content.data())?;
-        Ok(Some(entry))
+        let written = self.layer.add_file(&mut found, content.data())?;
+        if written.is_err() {
+            return Err(End::Again { pinned: None });
+        }
+        *entry = found;
+        Ok(Ok(()))
+    }
+
+    /// Opens a file; what is recorded is the file that was opened, not the one that was listed.
+    fn open(&mut self, entry: &Entry, tree: &mut Cursor) -> Result<(Entry, Content), Miss> {
+        let (parent, name) = tree.parent(&entry.path)?;
+        let content = read::open(parent, &name)?;
+        let mut found = scan::entry(&entry.path, Kind::File, content.status());
+        found.xattrs = self.skipped.attributes(content.file(), &found)?;
+        if self.manner.is_careful {
+            content.data().read(read::miss, |_| Ok(()))?;
+        }
+        Ok((found, content))
     }
 
     /// Deletes a path, if any of the older layers has it.
-    fn hide(&mut self, path: Vec<u8>, mut layers: Numbers) -> Result<(), Halt> {
+    fn hide(&mut self, path: Vec<u8>, mut layers: Numbers) -> Result<(), End> {
         if layers.is_empty() {
             return Ok(());
         }

@@ -9,6 +9,8 @@ mod rounds;
 
 use std::time::{Duration, Instant};
 
+use futures_util::{StreamExt, TryStreamExt, stream};
+use jiff::Timestamp;
 use serde_json::json;
 
 use self::{
@@ -23,120 +25,365 @@ use super::{
 };
 use crate::{
     archive::spool::Spool,
+    cli::{Backup, Verb},
     config::Config,
     error::Error,
+    interrupt::longer,
     local_index::{Racy, Trust},
     log,
     snapshot::{
         head::{self, Seen, Swap},
+        history::AT_ONCE,
         id,
-        record::{self, FORMAT, Layer, Record},
+        record::{self, FORMAT, Layer, Record, Totals},
         sealed,
     },
-    state::{Described, State, Which},
+    state::{Described, Part, State, Which},
     store::{Store, StoreError},
+    tree::{miss::Unread, root::RootId},
 };
 
-/// Takes a snapshot, if anything changed.
-pub async fn run(config: &Config, store: &dyn Store, fork: bool) -> Result<Answer, Error> {
+/// Takes a snapshot, if anything changed, within `bound`.
+pub async fn run(
+    config: &Config,
+    store: &dyn Store,
+    options: &Backup,
+    bound: Duration,
+) -> Result<Answer, Error> {
     let begun = Instant::now();
     let mut state = State::open(config).await?;
+    let plan = match plan(config, store, &mut state, options).await? {
+        Planned::Unchanged(described) => return Ok(answer(&described, None, None, begun)),
+        Planned::Snapshot(plan) => plan,
+    };
+    let (snapshot, time) = id::new().map_err(Error::local("read", "random bytes"))?;
+    let (before, root) = (plan.base.totals, plan.base.changes.root);
+    let built_on = plan.base.built_on.clone();
+    let goes_on = plan.base.is_part;
+    // The last tenth is for the record and the head.
+    let until = begun + bound.mul_f32(0.9);
+    let taken = take(config, store, &mut state, &snapshot, plan.base, until).await?;
+    if taken.is_part {
+        let part = Part {
+            name: snapshot,
+            built_on,
+            layers: taken.layers,
+        };
+        let bytes = taken.totals.stored_bytes;
+        return Err(leave(&mut state, part, bytes, bound, options));
+    }
+    let was_shrunken = state.facts.shrunken.take().is_some();
+    let is_shrunken = plan.place == Place::Head && !was_shrunken && shrank(before, taken.totals);
+    let record = Record {
+        format: FORMAT,
+        id: snapshot.clone(),
+        sequence: plan.parent.as_ref().map_or(1, |(_, sequence)| sequence + 1),
+        parent: plan.parent.map(|(id, _)| id),
+        time,
+        writer: plan.writer.clone(),
+        tool: env!("CARGO_PKG_VERSION").to_owned(),
+        consistency: taken.consistency,
+        reason: taken.reason,
+        unread: taken.unread,
+        rounds: taken.rounds,
+        pause_ms: taken.pause.map(millis),
+        fork: plan.place != Place::Head || is_shrunken,
+        totals: taken.totals,
+        layers: taken.layers,
+    };
+    let beside = built_on.as_deref().filter(|_| plan.place != Place::Head);
+    publish(store, &record, beside).await?;
+    if goes_on {
+        check_layers(store, &mut state, &record).await?;
+    }
+    let described = Described {
+        fork: record.fork,
+        ..describe(&record)
+    };
+    match plan.place {
+        Place::Lost => {
+            return Err(lose(
+                &mut state,
+                &plan.writer,
+                plan.seen.as_ref(),
+                &snapshot,
+            ));
+        }
+        Place::Head if is_shrunken => {
+            state.facts.shrunken = Some(snapshot);
+            state.facts.part = None;
+            state.save()?;
+            let warning = shrunken(before, &record);
+            log::warn(SHRUNKEN, &[("fork", record.id.clone().into())]);
+            return Ok(answer(&described, Some(&record), Some(&warning), begun));
+        }
+        Place::Head => {
+            let next = claimed(Some((&snapshot, record.sequence)), &plan.writer);
+            match head::swap(store, plan.seen.as_ref(), &next).await? {
+                Swap::Moved(etag) => state.facts.hold(Seen { head: next, etag }),
+                Swap::Lost(now) => {
+                    return Err(lose(&mut state, &plan.writer, now.as_ref(), &snapshot));
+                }
+            }
+        }
+        Place::Beside => {}
+    }
+    state.keep_index()?;
+    state.remember_tree(root, Some(described.clone()))?;
+    Ok(answer(&described, Some(&record), None, begun))
+}
+
+/// Where a snapshot goes.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Place {
+    /// It is the newest of the history.
+    Head,
+    /// Beside the history, as it was asked for.
+    Beside,
+    /// Beside the history, because another writer holds the head.
+    Lost,
+}
+
+/// What a new snapshot is made from.
+struct Plan {
+    writer: String,
+    /// The head as it was seen.
+    seen: Option<Seen>,
+    /// The snapshot that it follows, and that one's sequence.
+    parent: Option<(String, u64)>,
+    place: Place,
+    base: Base,
+}
+
+enum Planned {
+    Unchanged(Described),
+    Snapshot(Plan),
+}
+
+/// Looks at the tree, and at the store unless it is known what that has.
+async fn plan(
+    config: &Config,
+    store: &dyn Store,
+    state: &mut State,
+    options: &Backup,
+) -> Result<Planned, Error> {
+    let fork = options.fork;
     if !fork && state.facts.is_fenced {
         let writer = state.facts.writer.clone().unwrap_or_default();
         return Err(fenced(head::read(store).await?.as_ref(), &writer, None));
     }
+    check_root(config, state)?;
     let known = state.facts.snapshot.clone();
-    let mut base = match &known {
-        Some(known) => compare(config, &state, &known.id, &known.layers).await?,
-        None => None,
-    };
-    if let (Some(known), Some(base)) = (&known, &base)
-        && base.changes.count == 0
+    let mut base = resume(config, state).await?;
+    let is_confirmed = state.is_confirmed() && !options.confirm;
+    if let Some(known) = known.as_ref().filter(|_| is_confirmed)
+        && is_unchanged(known, base.as_ref(), state, fork)
     {
-        let newest = (state.facts.head.as_ref()).and_then(|head| head.snapshot.as_ref());
-        if known.fork == fork && (fork || newest == Some(&known.id)) {
-            return Ok(answer(known, None, begun));
-        }
+        state.settle()?;
+        return Ok(Planned::Unchanged(known.clone()));
     }
 
-    let writer = name_of_writer(config, &mut state)?;
-    trust(config, store, &mut state).await?;
+    let writer = name_of_writer(config, state)?;
+    trust(config, store, state).await?;
     let seen = head::read(store).await?;
-    let is_ours = fork || may_follow(seen.as_ref(), &state, &writer);
-    let parent = if is_ours && !fork {
-        seen.as_ref()
-            .and_then(|seen| Some((seen.head.snapshot.clone()?, seen.head.sequence)))
-    } else {
-        known.map(|known| (known.id.clone(), known.sequence))
+    let place = match may_follow(seen.as_ref(), state, &writer) {
+        _ if fork => Place::Beside,
+        true => Place::Head,
+        false => Place::Lost,
     };
-
-    base = base.filter(|base| parent.as_ref().is_some_and(|(id, _)| *id == base.snapshot));
-    if let (None, Some((id, _))) = (&base, &parent) {
-        base = rebuild(config, store, &state, id).await?;
-        if let Some(base) = &base
+    // A head that is gone makes everything doubtful that is remembered of the store.
+    if !is_confirmed || (seen.is_none() && state.facts.head.is_some()) {
+        base = confirm(store, base).await?;
+        if let Some(known) = known.as_ref().filter(|_| place != Place::Lost)
+            && is_unchanged(known, base.as_ref(), state, fork)
+            && (fork || seen == state.facts.seen())
+        {
+            state.facts.confirmed = Some(Timestamp::now().as_second());
+            state.settle()?;
+            return Ok(Planned::Unchanged(known.clone()));
+        }
+    }
+    let on_head = seen
+        .as_ref()
+        .and_then(|seen| Some((seen.head.snapshot.clone()?, seen.head.sequence)));
+    let parent = match place {
+        Place::Head if seen.is_some() => on_head,
+        Place::Head | Place::Beside | Place::Lost => known
+            .filter(|_| base.is_some())
+            .map(|known| (known.id, known.sequence)),
+    };
+    let follows = parent.as_ref().map(|(id, _)| id.clone());
+    base = base.filter(|base| base.built_on == follows);
+    if let (None, Some(id)) = (&base, &follows) {
+        base = rebuild(config, store, state, id).await?;
+        if let (Some(base), Some(seen)) = (&base, seen.as_ref().filter(|_| place == Place::Head))
             && base.changes.count == 0
-            && is_ours
-            && !fork
+            && base.changes.unread == base.unread
         {
             // The index was lost, and nothing else.
-            let described = describe(&record::read(store, &base.snapshot).await?);
-            if let Some(seen) = seen {
-                state.facts.hold(seen);
-            }
-            state.remember_tree(&config.root, Some(described.clone()))?;
-            return Ok(answer(&described, None, begun));
+            let described = describe(&record::read(store, id).await?);
+            state.facts.hold(seen.clone());
+            state.remember_tree(base.changes.root, Some(described.clone()))?;
+            return Ok(Planned::Unchanged(described));
         }
     }
-
     // What the head leads to stays. Beside it, somebody else's prune may remove what this is built on.
-    let is_beside = fork || !is_ours;
-    if let Some(known) = base.as_ref().filter(|_| is_beside)
-        && !is_there(store, &known.snapshot).await?
+    if let Some(built_on) = base.as_ref().and_then(|base| base.built_on.as_ref())
+        && place != Place::Head
+        && !is_there(store, built_on).await?
     {
         base = None;
     }
-    let built_on = base.as_ref().filter(|_| is_beside);
-    let built_on = built_on.map(|base| base.snapshot.clone());
-
-    let (snapshot, time) = id::new().map_err(Error::local("read", "random bytes"))?;
     let base = match base {
         Some(base) => base,
-        None => Base::nothing(config, &state).await?,
+        None => Base::nothing(config, state).await?,
     };
-    let taken = take(config, store, &state, &snapshot, base).await?;
-    let record = Record {
-        format: FORMAT,
-        id: snapshot.clone(),
-        sequence: parent.as_ref().map_or(1, |(_, sequence)| sequence + 1),
-        parent: parent.map(|(id, _)| id),
-        time,
-        writer: writer.clone(),
-        tool: env!("CARGO_PKG_VERSION").to_owned(),
-        consistency: taken.consistency,
-        rounds: taken.rounds,
-        pause_ms: taken.pause.map(millis),
-        fork: is_beside,
-        totals: taken.totals,
-        layers: taken.layers,
-    };
-    publish(store, &record, built_on.as_deref()).await?;
-    if !is_ours {
-        return Err(lose(&mut state, &writer, seen.as_ref(), &snapshot));
+    Ok(Planned::Snapshot(Plan {
+        writer,
+        seen,
+        parent,
+        place,
+        base,
+    }))
+}
+
+/// Refuses a root that is surely not the tree whose snapshots these are.
+fn check_root(config: &Config, state: &State) -> Result<(), Error> {
+    let root = config.root.clone();
+    if state.facts.is_root_unfinished {
+        return Err(Error::RootUnfinished { root });
     }
-    if !fork {
-        let next = claimed(Some((&snapshot, record.sequence)), &writer);
-        match head::swap(store, seen.as_ref(), &next).await? {
-            Swap::Moved(etag) => state.facts.hold(Seen { head: next, etag }),
-            Swap::Lost(now) => return Err(lose(&mut state, &writer, now.as_ref(), &snapshot)),
+    // Whether it is another directory, each look says.
+    if state.facts.root.is_some() && RootId::at(&root)?.is_none() {
+        return Err(Error::RootLost { root });
+    }
+    Ok(())
+}
+
+/// What a backup that ran out of time left, else the last snapshot; with what changed since.
+async fn resume(config: &Config, state: &mut State) -> Result<Option<Base>, Error> {
+    let known = state.facts.snapshot.clone();
+    let totals = known.as_ref().map(|known| (known.files, known.bytes));
+    let last = known.as_ref().map(|known| known.id.clone());
+    if let Some(part) = state
+        .facts
+        .part
+        .clone()
+        .filter(|part| part.built_on == last)
+    {
+        let base = compare(config, state, Which::Part, &part.name, &part.layers).await?;
+        if let Some(base) = base {
+            return Ok(Some(Base {
+                built_on: part.built_on,
+                is_part: true,
+                totals,
+                ..base
+            }));
         }
     }
-    state.keep_index()?;
-    let described = Described {
-        fork,
-        ..describe(&record)
+    let Some(known) = known else { return Ok(None) };
+    let base = compare(config, state, Which::Last, &known.id, &known.layers).await?;
+    Ok(base.map(|base| Base {
+        totals,
+        unread: known.unread,
+        ..base
+    }))
+}
+
+/// Whether the tree is what the last snapshot has, and that one is the newest.
+fn is_unchanged(known: &Described, base: Option<&Base>, state: &State, fork: bool) -> bool {
+    let newest = (state.facts.head.as_ref()).and_then(|head| head.snapshot.as_ref());
+    let is_same = base.is_some_and(|base| {
+        !base.is_part && base.changes.count == 0 && base.changes.unread == known.unread
+    });
+    is_same && known.fork == fork && (fork || newest == Some(&known.id))
+}
+
+/// Gives a base back if the store still has all that it is built on: a snapshot on top of it could not be restored else.
+async fn confirm(store: &dyn Store, base: Option<Base>) -> Result<Option<Base>, Error> {
+    let Some(base) = base else { return Ok(None) };
+    let missing = match &base.built_on {
+        Some(id) if !is_there(store, id).await? => Some(record::key(id)),
+        _ => missing_layer(store, &base.layers).await?,
     };
-    state.remember_tree(&config.root, Some(described.clone()))?;
-    Ok(answer(&described, Some(&record), begun))
+    let Some(missing) = missing else {
+        return Ok(Some(base));
+    };
+    log::warn(
+        "the store has lost a part of the last snapshot; a whole new one is taken",
+        &[("missing", missing.into())],
+    );
+    Ok(None)
+}
+
+/// The key of a layer that the store does not have, if there is one.
+async fn missing_layer(store: &dyn Store, layers: &[Layer]) -> Result<Option<String>, Error> {
+    let looked = stream::iter(layers)
+        .map(|layer| async move {
+            let key = record::layer_key(&layer.id);
+            match store.stat(&key).await {
+                Ok(_) => Ok(None),
+                Err(StoreError::NotFound) => Ok(Some(key)),
+                Err(error) => Err(Error::store("look at", key)(error)),
+            }
+        })
+        .buffered(AT_ONCE);
+    let missing: Vec<Option<String>> = looked.try_collect().await?;
+    Ok(missing.into_iter().flatten().next())
+}
+
+/// Looks once more whether the layers of earlier runs are there, now that a record names them: a prune elsewhere could have
+/// taken them for leftovers until then.
+async fn check_layers(store: &dyn Store, state: &mut State, record: &Record) -> Result<(), Error> {
+    let Some(missing) = missing_layer(store, &record.layers).await? else {
+        return Ok(());
+    };
+    state.facts.part = None;
+    state.save()?;
+    let key = record::key(&record.id);
+    let removed = store.delete(&key).await;
+    removed.map_err(Error::store("delete", &key))?;
+    Err(Error::Damaged {
+        key: missing,
+        reason: "it was removed while a snapshot was built on it; the next backup starts anew"
+            .to_owned(),
+    })
+}
+
+/// Keeps what has arrived on the store for the next run; gives the error of this one.
+fn leave(state: &mut State, part: Part, bytes: u64, bound: Duration, options: &Backup) -> Error {
+    if let Err(error) = state.keep_part(part) {
+        return error;
+    }
+    let longer = longer(&Verb::Backup(options.clone()));
+    Error::Timeout {
+        after: bound,
+        left: format!(
+            "{} have arrived on the store, and the next backup goes on from there; {longer}",
+            human_bytes(bytes)
+        ),
+    }
+}
+
+/// Whether less than a tenth of the files or of the bytes of the snapshot before is left.
+fn shrank(before: Option<(u64, u64)>, now: Totals) -> bool {
+    let is_tenth = |before: u64, now: u64| now.saturating_mul(10) < before;
+    before.is_some_and(|(files, bytes)| is_tenth(files, now.files) || is_tenth(bytes, now.bytes))
+}
+
+const SHRUNKEN: &str = "the tree has shrunk to less than a tenth; its snapshot is a fork";
+
+/// What an operator should know of a tree that shrank.
+fn shrunken(before: Option<(u64, u64)>, record: &Record) -> String {
+    let (files, bytes) = before.unwrap_or_default();
+    format!(
+        "the tree has shrunk from {files} files ({}) to {} ({}): snapshot {} is a fork until the next backup confirms it, \
+         and the last whole one stays the newest",
+        human_bytes(bytes),
+        record.totals.files,
+        human_bytes(record.totals.bytes),
+        record.id,
+    )
 }
 
 /// In whose name the snapshot is written.
@@ -183,28 +430,40 @@ async fn is_there(store: &dyn Store, snapshot: &str) -> Result<bool, Error> {
     }
 }
 
-/// The snapshot that a new one is built on: the local index is about it.
+/// What a new snapshot is built on: the local index is about it.
 pub struct Base {
-    /// Its id; none of a snapshot of nothing.
-    snapshot: String,
+    /// The snapshot that its layers are of, at first; none of a snapshot of nothing.
+    built_on: Option<String>,
+    /// What the index is called.
+    about: String,
     layers: Vec<Layer>,
     index: Option<Spool>,
     changes: Changes,
+    /// Layers of a backup that ran out of time are among its layers.
+    is_part: bool,
+    /// Files of that snapshot, and their bytes.
+    totals: Option<(u64, u64)>,
+    /// What it could not read.
+    unread: Unread,
 }
 
 impl Base {
     /// A snapshot of nothing.
-    async fn nothing(config: &Config, state: &State) -> Result<Self, Error> {
+    async fn nothing(config: &Config, state: &mut State) -> Result<Self, Error> {
         let nothing = Source {
             index: None,
             snapshot: "",
             layers: &[],
         };
         Ok(Self {
-            snapshot: String::new(),
+            built_on: None,
+            about: String::new(),
             layers: Vec::new(),
             index: None,
             changes: nothing.look(config, state, Racy::Read).await?,
+            is_part: false,
+            totals: None,
+            unread: Unread::default(),
         })
     }
 }
@@ -212,25 +471,30 @@ impl Base {
 /// What changed since a snapshot, by the local index; `None` when that is not of this snapshot or damaged.
 async fn compare(
     config: &Config,
-    state: &State,
-    snapshot: &str,
+    state: &mut State,
+    which: Which,
+    about: &str,
     layers: &[Layer],
 ) -> Result<Option<Base>, Error> {
-    let index = state.index(Which::Last);
+    let index = state.index(which)?;
     if index.is_none() {
         return Ok(None);
     }
     let source = Source {
         index: index.as_ref(),
-        snapshot,
+        snapshot: about,
         layers,
     };
     match source.look(config, state, Racy::Read).await {
         Ok(changes) => Ok(Some(Base {
-            snapshot: snapshot.to_owned(),
+            built_on: Some(about.to_owned()),
+            about: about.to_owned(),
             layers: layers.to_vec(),
             index,
             changes,
+            is_part: false,
+            totals: None,
+            unread: Unread::default(),
         })),
         Err(LookError::Failed(error)) => Err(error),
         Err(LookError::Unreadable) => Ok(None),
@@ -241,7 +505,7 @@ async fn compare(
 async fn rebuild(
     config: &Config,
     store: &dyn Store,
-    state: &State,
+    state: &mut State,
     snapshot: &str,
 ) -> Result<Option<Base>, Error> {
     let found = match record::read(store, snapshot).await {
@@ -270,19 +534,21 @@ async fn rebuild(
         &[("snapshot", snapshot.into())],
     );
     reindex(config, state, &record, &indexes, Trust::Compare).await?;
-    compare(config, state, snapshot, &record.layers).await
+    let base = compare(config, state, Which::Last, snapshot, &record.layers).await?;
+    Ok(base.map(|base| Base {
+        totals: Some((record.totals.files, record.totals.bytes)),
+        unread: record.unread,
+        ..base
+    }))
 }
 
 /// Whether a snapshot of ours may follow the head: it is ours, nobody's, or as we left it. A runtime has claimed the head
 /// when it restored; a person without any state of this instance has to restore first.
 fn may_follow(seen: Option<&Seen>, state: &State, writer: &str) -> bool {
-    match (seen, state.facts.seen()) {
-        (None, None) => true,
-        (None, Some(_)) => false,
-        (Some(now), last) => {
-            now.head.writer == writer || last.is_some_and(|last| last.etag == now.etag)
-        }
-    }
+    seen.is_none_or(|now| {
+        let last = state.facts.seen();
+        now.head.writer == writer || last.is_some_and(|last| last.etag == now.etag)
+    })
 }
 
 fn lose(state: &mut State, writer: &str, holder: Option<&Seen>, snapshot: &str) -> Error {
@@ -297,10 +563,15 @@ fn lose(state: &mut State, writer: &str, holder: Option<&Seen>, snapshot: &str) 
     fenced(holder, writer, Some(snapshot))
 }
 
-fn answer(described: &Described, record: Option<&Record>, begun: Instant) -> Answer {
+fn answer(
+    described: &Described,
+    record: Option<&Record>,
+    warning: Option<&str>,
+    begun: Instant,
+) -> Answer {
     let took = begun.elapsed();
     let uploaded = record.map_or(0, |record| record.totals.stored_bytes);
-    let text = match record {
+    let mut text = match record {
         None => format!("unchanged since snapshot {}\n", described.id),
         Some(record) => format!(
             "snapshot {} of {} files, {} uploaded in {:.1} s{}\n",
@@ -315,6 +586,17 @@ fn answer(described: &Described, record: Option<&Record>, begun: Instant) -> Ans
             },
         ),
     };
+    if let Some(reason) = &described.reason {
+        text.push_str(&format!("each file is of its own instant: {reason}\n"));
+    }
+    for path in &described.unread.paths {
+        text.push_str(&format!(
+            "cannot be read, kept as the last snapshot has it: {path}\n"
+        ));
+    }
+    if let Some(warning) = warning {
+        text.push_str(&format!("{warning}\n"));
+    }
     let json = json!({
         "snapshot": described.id,
         "time": described.time,
@@ -322,11 +604,14 @@ fn answer(described: &Described, record: Option<&Record>, begun: Instant) -> Ans
         "bytesUploaded": uploaded,
         "files": described.files,
         "durationMs": u64::try_from(took.as_millis()).unwrap_or(u64::MAX),
-        "consistency": record.map(|record| record.consistency),
+        "consistency": described.consistency,
+        "consistencyReason": described.reason,
         "rounds": record.map_or(0, |record| record.rounds),
         "pauseMs": record.and_then(|record| record.pause_ms),
-        "skipped": record.map_or(0, |record| record.totals.skipped),
+        "skipped": described.skipped,
+        "unread": described.unread,
         "fork": described.fork,
+        "warning": warning,
     });
     Answer::new(text, json)
 }

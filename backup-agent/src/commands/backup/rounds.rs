@@ -4,12 +4,20 @@
 //! is stopped, the tree is looked at again and what changed is captured, and the gateway goes on. Where it is more, it is read
 //! while the gateway works, and what changed meanwhile is left for the next round. That is how virtual machines are moved live.
 
-use std::time::Duration;
+use std::{
+    collections::HashSet,
+    fs::File,
+    io::Seek,
+    thread,
+    time::{Duration, Instant},
+};
+
+use nix::unistd::Uid;
 
 use super::{
     Base,
-    changes::{Capture, Changes, Stop, scan},
-    layer::{Inputs, Pass, Words},
+    changes::{Capture, Changes, Look, Stop, scan},
+    layer::{End, Inputs, Manner, Pass, Words, Written},
 };
 use crate::{
     archive::{
@@ -20,8 +28,8 @@ use crate::{
     },
     config::Config,
     error::Error,
-    local_index::{Known, LocalIndex, Racy, Unreadable, file_clock},
-    log, progress,
+    local_index::{Known, LocalIndex, Racy, Unreadable, could_repeat, file_clock},
+    progress,
     snapshot::{
         id,
         layers::taken_over,
@@ -30,8 +38,12 @@ use crate::{
     state::{State, Which},
     store::Store,
     tree::{
+        exclude::Excludes,
         freeze::{Freezer, NotFrozen},
         identity::with_identity,
+        miss::Unread,
+        scan::{self, Met, Verdict},
+        writers::{self, Unseen},
     },
 };
 
@@ -42,41 +54,77 @@ const MOST_ROUNDS: u32 = 4;
 /// What is surely copied to a working file within a millisecond, in bytes: disks behind their cache are faster.
 const COPIED_IN_A_MILLISECOND: u64 = 200 << 10;
 
+/// Longest look at what processes map, while they run: it takes milliseconds, unless the kernel waits for a page.
+const LOOK_AT_PROCESSES: Duration = Duration::from_secs(1);
+
+/// Between two looks at the clock that waits for its next tick.
+const CLOCK_AGAIN: Duration = Duration::from_micros(200);
+
+/// Bytes of other layers that a run may take over without a thought: more may not fit into its bound.
+const TAKEN_LIGHTLY: u64 = 64 << 20;
+
 /// What a backup made before it is given a name.
 pub struct Taken {
     pub layers: Vec<Layer>,
     pub totals: Totals,
     pub consistency: Consistency,
+    /// Why it is not of one instant.
+    pub reason: Option<String>,
+    pub unread: Unread,
     /// Times that the tree was read.
     pub rounds: u32,
-    /// The longest time for which the gateway was stopped.
+    /// The longest time for which the gateway was held.
     pub pause: Option<Duration>,
+    /// The time was up before all of it was read: what is there is for the next run to go on from.
+    pub is_part: bool,
 }
 
-/// Reads what changed since `base` into layers of the new snapshot and uploads them.
+impl Taken {
+    /// Takes the word of a round for whether the tree was read as it was at one instant.
+    fn judge(&mut self, doubt: Option<String>) {
+        let unread = match self.unread.count {
+            0 => None,
+            1 => Some("1 path cannot be read".to_owned()),
+            count => Some(format!("{count} paths cannot be read")),
+        };
+        self.reason = unread.or(doubt);
+        self.consistency = match self.reason {
+            None => Consistency::Instant,
+            Some(_) => Consistency::PerFile,
+        };
+    }
+}
+
+/// Reads what changed since `base` into layers of the new snapshot and uploads them; all has to be there by `until`.
 pub async fn take(
     config: &Config,
     store: &dyn Store,
-    state: &State,
+    state: &mut State,
     snapshot: &str,
     base: Base,
+    until: Instant,
 ) -> Result<Taken, Error> {
     let Base {
-        snapshot: mut about,
+        mut about,
         layers,
         mut index,
         mut changes,
+        is_part,
+        ..
     } = base;
     let mut done = Taken {
         layers,
         totals: Totals::default(),
         consistency: Consistency::PerFile,
+        reason: None,
+        unread: Unread::default(),
         rounds: 0,
         pause: None,
+        is_part: false,
     };
-    if config.freezer.is_none() && changes.is_racy {
-        // Read in the same tick, a quiet tree could not be told from one that is being written.
-        next_tick().await?;
+    if let Some(end) = changes.racy_until.filter(|_| config.freezer.is_none()) {
+        // Read while it can change without another time, a quiet tree could not be told from one that is being written.
+        until_clock(end).await?;
         let known = Source {
             index: index.as_ref(),
             snapshot: &about,
@@ -86,75 +134,134 @@ pub async fn take(
     }
     loop {
         done.rounds += 1;
-        // Only the first round takes over: later ones would take what has just been written.
         let is_first = done.rounds == 1;
-        let taken = if is_first {
-            let changed = changes.bytes.saturating_add(TRAILER.len() as u64);
-            taken_over(&changes.layers, changed)
-        } else {
-            vec![false; done.layers.len()]
-        };
         let known = Source {
             index: index.as_ref(),
             snapshot: &about,
             layers: &done.layers,
         };
-        if let Some(freezer) = config.freezer
+        // Only the first round takes over: later ones would take what has just been written.
+        let mut taken = if is_first && !is_part {
+            affordable(state, &changes)?
+        } else {
+            vec![false; done.layers.len()]
+        };
+        let mut is_captured = false;
+        let mut doubt = Some(WRITTEN_MEANWHILE.to_owned());
+        while let Some(freezer) = config.freezer
             && is_short(freezer, &changes, &taken)
         {
-            let (frozen, pause) = capture(config, state, freezer, &known, &taken).await?;
+            let (frozen, pause) = capture(config, state, freezer, &known, &changes, &taken).await?;
             done.pause = done.pause.max(pause);
-            if let Some(frozen) = frozen {
-                changes = frozen;
-                done.consistency = Consistency::Instant;
+            match frozen {
+                // What cannot be read cannot be written again.
+                Ok(frozen) if leave_pinned(&mut taken, &frozen) => changes = frozen,
+                Ok(frozen) => {
+                    doubt.clone_from(&frozen.doubt);
+                    changes = frozen;
+                    is_captured = true;
+                    break;
+                }
+                Err(reason) => {
+                    doubt = Some(reason);
+                    break;
+                }
             }
         }
         if is_first || changes.count > 0 {
             let stored = done.totals.stored_bytes;
-            let (layer, totals) =
-                write(config, store, state, snapshot, &known, &changes, &taken).await?;
-            done.totals = totals;
+            let written = write(
+                config, store, state, snapshot, &known, &changes, &mut taken, until,
+            )
+            .await?;
+            done.totals = written.totals;
             done.totals.stored_bytes += stored;
+            done.unread = changes.unread.clone();
+            done.unread.join(written.unread);
             let mut taken = taken.into_iter();
             done.layers.retain(|_| !taken.next().unwrap_or_default());
-            done.layers.push(layer);
+            done.layers.push(written.layer);
+            if written.is_part {
+                done.is_part = true;
+                return Ok(done);
+            }
         }
-        if done.consistency == Consistency::Instant {
+        if is_captured {
+            done.judge(doubt);
             return Ok(done);
         }
 
-        let written = state.index(Which::UnderWay).ok_or(Unreadable)?;
+        let written = state.index(Which::UnderWay)?.ok_or(Unreadable)?;
         let known = Source {
             index: Some(&written),
             snapshot,
             layers: &done.layers,
         };
         changes = known.look(config, state, Racy::Changed).await?;
-        if changes.count == 0 {
+        if changes.count == 0 && changes.unread.count == 0 {
             // Nothing changed since the walk began, so the tree was at any moment in between what was read.
-            done.consistency = Consistency::Instant;
+            doubt.clone_from(&changes.doubt);
         }
         if changes.count == 0 || config.freezer.is_none() || done.rounds == MOST_ROUNDS {
+            done.judge(doubt);
             return Ok(done);
         }
         (index, about) = (Some(written), snapshot.to_owned());
     }
 }
 
-/// Waits until file systems give another time to what changes.
-async fn next_tick() -> Result<(), Error> {
-    let now = file_clock()?;
-    while file_clock()? == now {
+/// Why a snapshot that was read while the gateway ran is not of one instant.
+const WRITTEN_MEANWHILE: &str = "files were written while they were read";
+
+/// Which layers to take over: none, where so much did not fit into the bound of a run before.
+fn affordable(state: &mut State, changes: &Changes) -> Result<Vec<bool>, Error> {
+    let changed = changes.bytes.saturating_add(TRAILER.len() as u64);
+    let taken = taken_over(&changes.layers, changed);
+    let bytes = live(changes, &taken);
+    if bytes < TAKEN_LIGHTLY {
+        return Ok(taken);
+    }
+    if state
+        .facts
+        .too_much
+        .is_some_and(|too_much| bytes >= too_much)
+    {
+        return Ok(vec![false; taken.len()]);
+    }
+    // Until it has ended, nobody knows that it fits.
+    state.facts.too_much = Some(bytes);
+    state.save()?;
+    Ok(taken)
+}
+
+/// Leaves the layers alone that have something which cannot be read; whether one of them was to be taken over.
+fn leave_pinned(taken: &mut [bool], changes: &Changes) -> bool {
+    let mut has_pinned = false;
+    for (taken, layer) in taken.iter_mut().zip(&changes.layers) {
+        has_pinned |= *taken && layer.is_pinned;
+        *taken &= !layer.is_pinned;
+    }
+    has_pinned
+}
+
+/// Waits until the file systems' clock has come to a time; a clock that is set back meanwhile is not waited for.
+async fn until_clock(end: i64) -> Result<(), Error> {
+    /// Two seconds is the largest unit of a file system's times.
+    const LONGEST: Duration = Duration::from_millis(2_100);
+
+    let start = Instant::now();
+    while file_clock()? < end && start.elapsed() < LONGEST {
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
     Ok(())
 }
 
-/// Whether it can all be captured in the time for which the gateway may be stopped. Half of it is left for stopping.
+/// Whether it can all be captured in the time for which the gateway may be held. A quarter of it is left for holding it.
 fn is_short(freezer: Freezer, changes: &Changes, taken: &[bool]) -> bool {
     let bytes = live(changes, taken).saturating_add(changes.bytes);
     let copying = Duration::from_millis(bytes / COPIED_IN_A_MILLISECOND);
-    changes.took + copying <= freezer.limit / 2
+    // The tree is walked twice: to read it, and to see that nothing was written meanwhile.
+    changes.took * 2 + copying <= freezer.limit * 3 / 4
 }
 
 /// Bytes of the layers that are taken over that are written again.
@@ -185,20 +292,107 @@ impl Source<'_> {
     pub async fn look(
         &self,
         config: &Config,
-        state: &State,
+        state: &mut State,
         racy: Racy,
     ) -> Result<Changes, LookError> {
-        let known = self.open()?;
-        let (root, excludes) = (config.root.clone(), config.excludes.clone());
-        let (layers, log) = (self.layers.to_vec(), state.nameless()?);
+        // Refused here and not on the thread: an index that is no good is as good as none.
+        self.open()?;
+        let mut eyes = Eyes::new(self, config, state, racy)?;
+        let user = config.gateway_user();
         let walk = with_identity(config.identity, "walk", move || {
-            scan(&root, &excludes, known, &layers, racy, log, None)
+            eyes.look(&writers::unseen(user, LOOK_AT_PROCESSES))
         });
         match walk.await? {
-            Ok(changes) => Ok(changes),
+            Ok(changes) => {
+                state.saw(&changes.unseen, changes.root)?;
+                Ok(changes)
+            }
             Err(Stop::Failed(error)) => Err(LookError::Failed(error)),
             Err(Stop::Unreadable | Stop::Late) => Err(LookError::Unreadable),
         }
+    }
+}
+
+/// A look at the tree, for the thread that does it.
+struct Eyes {
+    root: std::path::PathBuf,
+    excludes: Excludes,
+    index: Option<Spool>,
+    snapshot: String,
+    layers: Vec<Layer>,
+    racy: Racy,
+    /// Inodes that processes could change at the look before without the kernel setting a time.
+    unseen: HashSet<u64>,
+    held: HashSet<Vec<u8>>,
+    /// The gateway has a user of its own.
+    is_apart: bool,
+    log: File,
+}
+
+impl Eyes {
+    fn new(source: &Source<'_>, config: &Config, state: &State, racy: Racy) -> Result<Self, Error> {
+        Ok(Self {
+            root: config.root.clone(),
+            excludes: config.excludes.clone(),
+            index: source.index.cloned(),
+            snapshot: source.snapshot.to_owned(),
+            layers: source.layers.to_vec(),
+            racy,
+            unseen: state.facts.unseen.clone(),
+            held: HashSet::new(),
+            is_apart: config.freezer.is_some() || config.identity.is_some(),
+            log: state.nameless()?,
+        })
+    }
+
+    /// Looks again where names that cannot be read need others to stay as they were.
+    fn look(&mut self, now: &Unseen) -> Result<Changes, Stop> {
+        loop {
+            let changes = self.once(now, None)?;
+            if changes.needed.is_subset(&self.held) {
+                return Ok(changes);
+            }
+            self.held.extend(changes.needed);
+            let emptied = self.log.set_len(0).and_then(|()| self.log.rewind());
+            emptied.map_err(Error::local("write", "a working file in RUNTIME_STATE"))?;
+        }
+    }
+
+    fn once(&mut self, now: &Unseen, capture: Option<Capture>) -> Result<Changes, Stop> {
+        let known = match &self.index {
+            Some(index) => Known::open(index, &self.snapshot, self.layers.len())?,
+            None => Known::nothing(),
+        };
+        self.unseen.extend(&now.inodes);
+        let look = Look {
+            root: &self.root,
+            excludes: &self.excludes,
+            layers: &self.layers,
+            racy: self.racy,
+            unseen_now: &now.inodes,
+            unseen: &self.unseen,
+            held: &self.held,
+        };
+        let log = self.log.try_clone();
+        let log = log.map_err(Error::local("write", "a working file in RUNTIME_STATE"))?;
+        let mut changes = scan(&look, known, log, capture)?;
+        changes.held.clone_from(&self.held);
+        changes.doubt = match now {
+            Unseen {
+                in_flight: Some(pid),
+                ..
+            } => Some(format!(
+                "process {pid} writes past the cache (O_DIRECT), and such writes end after it is held"
+            )),
+            // Without a user of its own, the gateway cannot be told from strangers, whom nobody may look at.
+            Unseen {
+                is_complete: false, ..
+            } if self.is_apart => {
+                Some("it cannot be told which files processes of the gateway map".to_owned())
+            }
+            Unseen { .. } => None,
+        };
+        Ok(changes)
     }
 }
 
@@ -230,58 +424,108 @@ impl From<LookError> for Error {
     }
 }
 
-/// Looks at the tree while the gateway is stopped and captures what changed, and how long that took; no changes when it
-/// could not be done in time.
+/// Looks at the tree while the gateway is held and captures what changed; or why that is not of one instant. And for how
+/// long the gateway was held.
 async fn capture(
     config: &Config,
-    state: &State,
+    state: &mut State,
     freezer: Freezer,
     known: &Source<'_>,
+    changes: &Changes,
     taken: &[bool],
-) -> Result<(Option<Changes>, Option<Duration>), Error> {
-    let (root, excludes) = (config.root.clone(), config.excludes.clone());
-    let (log, file) = (state.nameless()?, state.nameless()?);
-    let (layers, taken) = (known.layers.to_vec(), taken.to_vec());
-    let known = known.open()?;
+) -> Result<(Result<Changes, String>, Option<Duration>), Error> {
+    let mut eyes = Eyes::new(known, config, state, Racy::Read)?;
+    eyes.held.clone_from(&changes.held);
+    let (file, taken) = (state.nameless()?, taken.to_vec());
     let work = move || {
         let frozen = match freezer.freeze() {
             Ok(frozen) => frozen,
-            Err(reason) => return Ok((Err(reason), None)),
+            Err(reason) => return Ok((Err(reason.to_string()), None)),
         };
-        let capture = Capture {
-            file,
-            taken,
-            until: frozen.until(),
+        let scanned = while_held(&mut eyes, freezer.user, file, taken, frozen.until());
+        let (is_whole, pause) = frozen.thaw();
+        let changes = match scanned {
+            Ok(changes) if is_whole => Ok(changes),
+            Ok(_) | Err(Torn::Late) => Err(NotFrozen::Interrupted.to_string()),
+            Err(Torn::Written) => Err(WRITTEN_WHILE_HELD.to_owned()),
+            Err(Torn::Failed(error)) => return Err(error),
         };
-        let scanned = scan(
-            &root,
-            &excludes,
-            known,
-            &layers,
-            Racy::Read,
-            log,
-            Some(capture),
-        );
-        let is_whole = frozen.is_whole();
-        let pause = Some(frozen.thaw());
-        match scanned {
-            Ok(changes) if is_whole => Ok((Ok(changes), pause)),
-            Ok(_) | Err(Stop::Late) => Ok((Err(NotFrozen::Late), pause)),
-            Err(Stop::Unreadable) => Err(Unreadable.into()),
-            Err(Stop::Failed(error)) => Err(error),
-        }
+        Ok((changes, Some(pause)))
     };
     let (changes, pause) = with_identity(config.identity, "capture", work).await??;
-    if let Err(reason) = &changes {
-        log::warn(
-            "the gateway could not be stopped for a snapshot of one instant",
-            &[("reason", reason.to_string().into())],
-        );
+    if let Ok(changes) = &changes {
+        state.saw(&changes.unseen, changes.root)?;
     }
-    Ok((changes.ok(), pause))
+    Ok((changes, pause))
 }
 
-/// Writes the changes as a layer and uploads it at the same time.
+const WRITTEN_WHILE_HELD: &str = "something was written to the tree while the gateway was held: by somebody else, or by the \
+     kernel, which ended a write";
+
+/// Why what was read while the gateway was held is not of one instant.
+enum Torn {
+    Late,
+    Written,
+    Failed(Error),
+}
+
+impl From<Stop> for Torn {
+    fn from(stop: Stop) -> Self {
+        match stop {
+            Stop::Late => Self::Late,
+            Stop::Unreadable => Self::Failed(Unreadable.into()),
+            Stop::Failed(error) => Self::Failed(error),
+        }
+    }
+}
+
+impl From<Error> for Torn {
+    fn from(error: Error) -> Self {
+        Self::Failed(error)
+    }
+}
+
+/// Captures what changed, then looks once more at every status: the gateway is held, so nothing may have a later time.
+fn while_held(
+    eyes: &mut Eyes,
+    user: Uid,
+    file: File,
+    taken: Vec<bool>,
+    until: Instant,
+) -> Result<Changes, Torn> {
+    let held = file_clock()?;
+    // What was written before has an earlier time from the next tick on.
+    while file_clock()? == held {
+        if Instant::now() >= until {
+            return Err(Torn::Late);
+        }
+        thread::sleep(CLOCK_AGAIN);
+    }
+    let now = writers::unseen(user, until.saturating_duration_since(Instant::now()));
+    let changes = eyes.once(&now, Some(Capture { file, taken, until }))?;
+    if !changes.needed.is_subset(&changes.held) {
+        return Err(Torn::Written);
+    }
+    let visit = |met: Met<'_>| {
+        if Instant::now() >= until {
+            return Err(Torn::Late);
+        }
+        let stamp = match met {
+            Met::Entry(found) => found.entry.stamp,
+            Met::Missed(..) => None,
+        };
+        match stamp {
+            Some(stamp) if could_repeat(stamp.ctime, changes.started)? => Err(Torn::Written),
+            _ => Ok(Verdict::Taken),
+        }
+    };
+    scan::walk(&eyes.root, &eyes.excludes, visit)?;
+    Ok(changes)
+}
+
+/// Writes the changes as a layer and uploads it at the same time. Layers with something that cannot be read are struck from
+/// `taken` on the way.
+#[expect(clippy::too_many_arguments, reason = "each is about another thing")]
 async fn write(
     config: &Config,
     store: &dyn Store,
@@ -289,33 +533,62 @@ async fn write(
     snapshot: &str,
     known: &Source<'_>,
     changes: &Changes,
-    taken: &[bool],
-) -> Result<(Layer, Totals), Error> {
-    let size = live(changes, taken).saturating_add(changes.bytes);
-    let (layer_id, _) = id::new().map_err(Error::local("read", "random bytes"))?;
-    let key = record::layer_key(&layer_id);
-    let (sink, parts) = PartWriter::new(part_size(size));
-    let inputs = Inputs {
-        root: config.root.clone(),
-        known: known.open()?,
-        log: changes.log()?,
-        captured: changes.captured().cloned(),
-    };
-    let layer = LayerWriter::new(&layer_id, sink, state.nameless()?, config.effort)?;
-    let index = LocalIndex::new(state.index_under_way()?, snapshot, changes.started)?;
-    let pass = Pass::new(inputs, Words::new(taken), layer, index);
-    progress::begin("backing up", size);
-    let read = with_identity(config.identity, "reader", move || pass.run());
-    let (uploaded, read) = tokio::join!(store.upload(&key, parts), read);
-    let (layer, mut totals, unread) = match (uploaded, read?) {
-        (_, Err(Halt::Failed(error))) => return Err(error),
-        (Err(error), _) => return Err(Error::store("write", key)(error)),
-        (Ok(()), Err(Halt::Stopped)) => return Err(Error::Internal("upload")),
-        (Ok(()), Ok(read)) => read,
-    };
-    for skipped in [&changes.skipped, &unread] {
-        skipped.warn();
-        totals.skipped += skipped.count;
+    taken: &mut [bool],
+    until: Instant,
+) -> Result<Written, Error> {
+    /// A disk that goes on failing at other places is no disk to read a snapshot from.
+    const MOST_CAREFUL_TRIES: u32 = 3;
+
+    let mut careful_tries = 0;
+    loop {
+        let size = live(changes, taken).saturating_add(changes.bytes);
+        let (layer_id, _) = id::new().map_err(Error::local("read", "random bytes"))?;
+        let key = record::layer_key(&layer_id);
+        let (sink, parts) = PartWriter::new(part_size(size));
+        let inputs = Inputs {
+            root: config.root.clone(),
+            known: known.open()?,
+            log: changes.log()?,
+            captured: changes.captured().cloned(),
+        };
+        let manner = Manner {
+            is_careful: careful_tries > 0,
+            until: (!taken.contains(&true)).then_some(until),
+        };
+        let layer = LayerWriter::new(&layer_id, sink, state.nameless()?, config.effort)?;
+        let index = LocalIndex::new(state.index_under_way()?, snapshot, changes.started)?;
+        let pass = Pass::new(inputs, manner, Words::new(taken), layer, index);
+        progress::begin("backing up", size);
+        let read = with_identity(config.identity, "reader", move || pass.run());
+        let (uploaded, read) = tokio::join!(store.upload(&key, parts), read);
+        match (uploaded, read?) {
+            (_, Err(End::Halt(Halt::Failed(error)))) => return Err(error),
+            (
+                _,
+                Err(End::Again {
+                    pinned: Some(layer),
+                }),
+            ) => {
+                taken[layer as usize] = false;
+            }
+            (_, Err(End::Again { pinned: None })) if careful_tries < MOST_CAREFUL_TRIES => {
+                careful_tries += 1;
+            }
+            (_, Err(End::Again { pinned: None })) => {
+                let error = std::io::Error::from_raw_os_error(nix::libc::EIO);
+                return Err(Error::local("read", &config.root)(error));
+            }
+            (Err(error), _) => return Err(Error::store("write", key)(error)),
+            (Ok(()), Err(End::Halt(Halt::Stopped))) => return Err(Error::Internal("upload")),
+            (Ok(()), Ok(mut written)) => {
+                for skipped in [&changes.skipped, &written.skipped] {
+                    skipped.warn();
+                    written.totals.skipped += skipped.count;
+                }
+                return Ok(written);
+            }
+        }
+        // What the try brought to the store is no layer. A failure here leaves it to the next prune.
+        let _ = store.abort_uploads().await;
     }
-    Ok((layer, totals))
 }

@@ -17,6 +17,7 @@ use self::{
 };
 use super::{Answer, backup, human_bytes};
 use crate::{
+    cli::Backup,
     config::Config,
     error::Error,
     snapshot::{head, record},
@@ -52,7 +53,7 @@ pub async fn run(config: &Config, store: &dyn Store, bound: Duration) -> Result<
     let scratch = Scratch::new(config.state.join("import"))?;
     staged.state.clone_from(&scratch.0);
     staged.boot_id = None;
-    let mut answer = backup::run(&staged, store, false).await?;
+    let mut answer = backup::run(&staged, store, &Backup::default(), bound).await?;
 
     let advice = if databases > 0 {
         "the SQLite databases are as the old tool copied them, perhaps in the middle of a write: \

@@ -10,7 +10,8 @@ use crate::{
     state::{Described, State, Which},
     tree::{
         identity::with_identity,
-        scan::{self, Found, Verdict},
+        miss::Miss,
+        scan::{self, Met, Verdict},
     },
 };
 
@@ -28,21 +29,25 @@ pub async fn is_continued(
         Some(&seen.etag) == state.facts.etag.as_ref()
             || Some(&seen.head.writer) == state.facts.writer.as_ref()
     });
-    if !is_ours || state.facts.is_fenced || !state.is_root_known(&config.root) {
+    if !is_ours || state.facts.is_fenced || !state.is_root_known(&config.root)? {
         return Ok(false);
     }
     let (root, excludes) = (config.root.clone(), config.excludes.clone());
-    let files = with_identity(config.identity, "walk", move || {
-        let mut files = 0;
-        let visit = |found: Found<'_>| {
-            files += u64::from(found.entry.kind == Kind::File);
+    let (files, is_unread) = with_identity(config.identity, "walk", move || {
+        let (mut files, mut is_unread) = (0, false);
+        let visit = |met: Met<'_>| {
+            match met {
+                Met::Entry(found) => files += u64::from(found.entry.kind == Kind::File),
+                Met::Missed(_, miss) => is_unread |= matches!(miss, Miss::Unread(_)),
+            }
             Ok::<_, Error>(Verdict::Taken)
         };
-        scan::walk(&root, &excludes, visit, |_, _| ()).map(|()| files)
+        scan::walk(&root, &excludes, visit).map(|()| (files, is_unread))
     })
     .await??;
     let known = state.facts.snapshot.as_ref().map_or(0, |known| known.files);
-    Ok(files * 2 >= known)
+    // What cannot be read is not lost: it must not count against the tree.
+    Ok(is_unread || files * 2 >= known)
 }
 
 /// Whether the tree is exactly this snapshot's: its index is there, and a walk finds nothing else.
@@ -52,17 +57,18 @@ pub async fn is_there_already(
     record: &Record,
 ) -> Result<bool, Error> {
     let is_known = |known: &Described| known.id == record.id;
-    if !state.facts.snapshot.as_ref().is_some_and(is_known) || !state.is_root_known(&config.root) {
+    if !state.facts.snapshot.as_ref().is_some_and(is_known) || !state.is_root_known(&config.root)? {
         return Ok(false);
     }
-    let index = state.index(Which::Last);
+    let index = state.index(Which::Last)?;
     let known = index.and_then(|index| Known::open(&index, &record.id, record.layers.len()).ok());
     let Some(known) = known else {
         return Ok(false);
     };
     let (root, excludes) = (config.root.clone(), config.excludes.clone());
+    let unseen = state.facts.unseen.clone();
     with_identity(config.identity, "walk", move || {
-        is_tree_same(&root, &excludes, known, Racy::Read)
+        is_tree_same(&root, &excludes, known, &unseen, Racy::Read)
     })
     .await?
 }

@@ -35,7 +35,7 @@ use crate::{
     },
     state::{Described, State},
     store::Store,
-    tree::{exclude::Selection, old::Old, scan::open_root, swap::Staging},
+    tree::{exclude::Selection, old::Old, root::RootId, scan::open_root, swap::Staging},
 };
 
 /// How often a runtime starts over because the old writer's last snapshot came in between. Each round needs another new
@@ -181,7 +181,7 @@ async fn to_root(
                 };
                 state.facts.writer = Some(writer.to_owned());
                 state.facts.hold(seen);
-                state.remember_tree(&config.root, None)?;
+                state.remember_tree(RootId::at(&config.root)?, None)?;
             }
             return Err(error);
         }
@@ -194,7 +194,7 @@ async fn to_root(
         };
         hold(state, seen, claimer);
         let described = describe(&record);
-        state.remember_tree(&config.root, Some(described.clone()))?;
+        state.remember_tree(RootId::at(&config.root)?, Some(described.clone()))?;
         return Ok(Some(Done {
             described,
             unchanged: true,
@@ -219,7 +219,7 @@ async fn to_root(
     staging.put_in_place(&config.root)?;
     reindex(config, state, &record, &indexes, Trust::Restored).await?;
     hold(state, seen, claimer);
-    state.remember_tree(&config.root, Some(describe(&record)))?;
+    state.remember_tree(RootId::at(&config.root)?, Some(describe(&record)))?;
     Ok(Some(Done::new(&record, unpacked)))
 }
 

@@ -1,0 +1,252 @@
+//! Which files the processes of a user may change without a trace in the files' times: through shared mappings, and by writes
+//! that go past the cache and are finished by the kernel while the process is held.
+
+use std::{
+    collections::HashSet,
+    fs::{self, File},
+    io::{BufRead, BufReader},
+    os::unix::fs::MetadataExt,
+    sync::{Arc, Mutex, PoisonError, mpsc},
+    thread,
+    time::{Duration, Instant},
+};
+
+use nix::{
+    libc::{O_ACCMODE, O_DIRECT, O_RDONLY},
+    unistd::{Pid, Uid},
+};
+
+use super::process::{self, Answer, unless_gone};
+
+/// A read of `maps` takes as much of it at once.
+const BUFFER: usize = 64 << 10;
+
+/// What was found.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Unseen {
+    /// Of files that may have changed whatever their times say. By number alone: overlayfs shows another device in a mapping
+    /// than in a status. A file of another file system that has the number costs a read, no more.
+    pub inodes: HashSet<u64>,
+    /// A process that may have a write under way in the kernel, which no stop of it stops.
+    pub in_flight: Option<Pid>,
+    /// Whether all of it could be read, and in time.
+    pub is_complete: bool,
+}
+
+/// What processes of the user may change unseen, as far as it can be told within the budget.
+///
+/// A thread of its own reads, and is left behind where that hangs: `maps` waits for a page fault of the process, which waits for
+/// its file system. The thread has the rights on files of the calling one.
+pub fn unseen(user: Uid, budget: Duration) -> Unseen {
+    let end = Instant::now() + budget;
+    let found = Arc::new(Mutex::new(Unseen::default()));
+    let (done, is_done) = mpsc::channel();
+    let shared = Arc::clone(&found);
+    let started = thread::Builder::new()
+        .name("writers".to_owned())
+        .spawn(move || {
+            let is_complete = look(user, end, &shared);
+            let _ = done.send(is_complete);
+        });
+    let is_complete = started.is_ok() && is_done.recv_timeout(budget) == Ok(true);
+    let mut unseen = lock(&found).clone();
+    unseen.is_complete = is_complete;
+    unseen
+}
+
+/// No panic can leave it half-changed.
+fn lock(found: &Mutex<Unseen>) -> std::sync::MutexGuard<'_, Unseen> {
+    found.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Whether all processes of the user could be looked at.
+fn look(user: Uid, end: Instant, found: &Mutex<Unseen>) -> bool {
+    let Ok(pids) = process::others() else {
+        return false;
+    };
+    let mut is_complete = true;
+    for pid in pids {
+        if Instant::now() >= end {
+            return false;
+        }
+        match process::status(pid, pid) {
+            Ok(Some(status)) if status.is_of(user) => {
+                is_complete &= look_at(pid, found).is_ok();
+            }
+            Ok(_) => {}
+            Err(_) => is_complete = false,
+        }
+    }
+    is_complete
+}
+
+fn look_at(pid: Pid, found: &Mutex<Unseen>) -> Result<(), process::Error> {
+    let mapped = mapped(pid).map(Option::unwrap_or_default);
+    if let Ok(mapped) = &mapped {
+        lock(found).inodes.extend(&mapped.inodes);
+    }
+    // Each says something even where the other one cannot be read.
+    let direct = direct(pid)?.unwrap_or_default();
+    let is_in_flight = !direct.is_empty()
+        && (mapped.as_ref().is_ok_and(|mapped| mapped.has_aio) || has_ring(pid)?);
+    let mut found = lock(found);
+    found.inodes.extend(direct);
+    if is_in_flight {
+        found.in_flight = Some(pid);
+    }
+    mapped.map(drop)
+}
+
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Mapped {
+    inodes: HashSet<u64>,
+    /// The ring of io_setup(2).
+    has_aio: bool,
+}
+
+fn mapped(pid: Pid) -> Answer<Mapped> {
+    let path = format!("/proc/{pid}/maps");
+    let read = || {
+        let mut maps = BufReader::with_capacity(BUFFER, File::open(&path)?);
+        let (mut mapped, mut line) = (Mapped::default(), Vec::new());
+        while maps.read_until(b'\n', &mut line)? > 0 {
+            mapped.add(&line);
+            line.clear();
+        }
+        Ok(mapped)
+    };
+    unless_gone(read(), &path)
+}
+
+impl Mapped {
+    /// Takes a line `START-END PERMISSIONS OFFSET DEVICE INODE   PATH`, whose path may have any bytes but a line feed.
+    fn add(&mut self, line: &[u8]) {
+        let line = line.strip_suffix(b"\n").unwrap_or(line);
+        let mut fields = line.splitn(6, |byte| *byte == b' ');
+        let Some(permissions) = fields.nth(1) else {
+            return;
+        };
+        // A mapping that may not be written to now may have been, or may be again (mprotect(2)).
+        if permissions.get(3) != Some(&b's') {
+            return;
+        }
+        let inode = fields.nth(2).and_then(|field| str::from_utf8(field).ok());
+        let inode = inode.and_then(|inode| inode.parse::<u64>().ok());
+        self.inodes.extend(inode.filter(|inode| *inode != 0));
+        let path = fields.next().unwrap_or_default().trim_ascii_start();
+        self.has_aio |= path.starts_with(b"/[aio]");
+    }
+}
+
+/// Files that the process has open for writing past the cache.
+fn direct(pid: Pid) -> Answer<Vec<u64>> {
+    let directory = format!("/proc/{pid}/fdinfo");
+    let Some(descriptors) = process::numbers(&directory)? else {
+        return Ok(None);
+    };
+    let mut inodes = Vec::new();
+    for descriptor in descriptors {
+        let path = format!("{directory}/{descriptor}");
+        let Some(info) = unless_gone(fs::read(&path), &path)? else {
+            continue;
+        };
+        let info = Info::parse(&info);
+        if !info.is_direct {
+            continue;
+        }
+        let path = format!("/proc/{pid}/fd/{descriptor}");
+        // Linux before 5.14 does not tell.
+        let inode = match info.inode {
+            Some(inode) => Some(inode),
+            None => unless_gone(fs::metadata(&path).map(|file| file.ino()), &path)?,
+        };
+        inodes.extend(inode);
+    }
+    Ok(Some(inodes))
+}
+
+/// What `fdinfo` says of a descriptor.
+#[derive(Debug, PartialEq, Eq)]
+struct Info {
+    is_direct: bool,
+    inode: Option<u64>,
+}
+
+impl Info {
+    fn parse(info: &[u8]) -> Self {
+        let field = |name: &[u8]| {
+            let mut lines = info.split(|byte| *byte == b'\n');
+            let value = lines.find_map(|line| line.strip_prefix(name))?;
+            str::from_utf8(value.trim_ascii()).ok()
+        };
+        let flags = field(b"flags:").and_then(|flags| i32::from_str_radix(flags, 8).ok());
+        let is_direct = |flags: i32| flags & O_DIRECT != 0 && flags & O_ACCMODE != O_RDONLY;
+        Self {
+            is_direct: flags.is_some_and(is_direct),
+            inode: field(b"ino:").and_then(|inode| inode.parse().ok()),
+        }
+    }
+}
+
+/// Whether the process has a ring of io_uring_setup(2).
+fn has_ring(pid: Pid) -> Result<bool, process::Error> {
+    let directory = format!("/proc/{pid}/fd");
+    for descriptor in process::numbers(&directory)?.unwrap_or_default() {
+        let path = format!("{directory}/{descriptor}");
+        let target = unless_gone(fs::read_link(&path), &path)?;
+        if target.is_some_and(|target| target.as_os_str() == "anon_inode:[io_uring]") {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shared_mappings_are_found_whatever_their_paths_are() {
+        let mut mapped = Mapped::default();
+        for line in [
+            &b"7f00-7f01 rw-s 00000000 08:01 11                         /data/a b\xc3 c\n"[..],
+            b"7f00-7f01 r--s 00001000 08:01 12 /data/read only\n",
+            b"7f00-7f01 ---s 00000000 00:2d 13 /data/rw-s 0 00:00 99 (deleted)\n",
+            b"7f00-7f01 rw-p 00000000 08:01 14 /data/private\n",
+            b"7f00-7f01 rw-s 00000000 00:00 0 \n",
+            b"7f00-7f01 rw-p 00000000 00:00 0          [heap]\n",
+            b"nonsense\n",
+            b"",
+        ] {
+            mapped.add(line);
+        }
+        assert_eq!(mapped.inodes, HashSet::from([11, 12, 13]));
+        assert!(!mapped.has_aio);
+        mapped.add(b"7f00-7f01 rw-s 00000000 00:10 20     /[aio] (deleted)\n");
+        assert!(mapped.has_aio);
+    }
+
+    #[test]
+    fn a_descriptor_is_direct_when_it_is_written_to_past_the_cache() {
+        let parse = |flags: i32, rest: &str| {
+            Info::parse(format!("pos:\t0\nflags:\t0{flags:o}\nmnt_id:\t30\n{rest}").as_bytes())
+        };
+        for (flags, is_direct) in [
+            (O_DIRECT | O_RDONLY, false),
+            (O_DIRECT | nix::libc::O_WRONLY, true),
+            (O_DIRECT | nix::libc::O_RDWR | nix::libc::O_CLOEXEC, true),
+            (nix::libc::O_RDWR | nix::libc::O_APPEND, false),
+        ] {
+            assert_eq!(parse(flags, "ino:\t77\n").is_direct, is_direct, "{flags:o}");
+        }
+        assert_eq!(parse(0, "ino:\t77\n").inode, Some(77));
+        assert_eq!(parse(0, "").inode, None);
+        assert!(!Info::parse(b"flags:\tx\n\xc3").is_direct);
+    }
+
+    #[test]
+    fn time_that_is_over_is_no_answer() {
+        let unseen = unseen(Uid::from_raw(54_321), Duration::ZERO);
+        assert_eq!(unseen, Unseen::default());
+    }
+}
