@@ -103,6 +103,10 @@ pub fn run(command: &Command, tree: &Path, fault: Option<&Fault>) -> Traced {
     })
 }
 
+#[expect(
+    clippy::zombie_processes,
+    reason = "the tracer waits for all that it traces"
+)]
 fn trace(command: &Command, tree: &Path, fault: Option<&Fault>) -> Traced {
     // It waits for a line, and so for its tracer.
     let mut child = Command::new("sh")
@@ -251,7 +255,8 @@ impl Tracer<'_> {
         let number = registers.orig_rax.cast_signed();
         let (_, name, by) = CALLS.into_iter().find(|(known, ..)| *known == number)?;
         // The kernel takes the lower half.
-        let descriptor = registers.rdi as i32;
+        let descriptor = u32::try_from(registers.rdi & u64::from(u32::MAX));
+        let descriptor = descriptor.expect("it is the lower half").cast_signed();
         let path = match by {
             By::Descriptor => open_path(pid, descriptor)?,
             By::Path => {
