@@ -236,6 +236,8 @@ fn wrong(before: &Tree, now: &Tree, got: &Tree, unread: &[PathBuf]) -> Vec<Strin
         } else if unread.iter().any(|missed| is_at_or_below(path, missed)) {
             // Of what is below a directory, all or nothing is as it was: that depends on what of the directory failed.
             vec![before, now]
+        } else if unread.iter().any(|missed| are_one_file(path, missed)) {
+            vec![before, now]
         } else {
             vec![now]
         };
@@ -337,11 +339,14 @@ fn try_backups(case: &Case, arguments: &[&str], loses_state: bool, choices: &mut
     }
 }
 
-/// Whether a path that is said to be unread has to do with the one whose call failed: another name of a file, at least.
+/// Whether a path that is said to be unread has to do with the one whose call failed.
 fn is_about(unread: &Path, failed: &Path) -> bool {
-    unread.starts_with(failed)
-        || failed.starts_with(unread)
-        || (unread.starts_with("names") && failed.starts_with("names"))
+    unread.starts_with(failed) || failed.starts_with(unread) || are_one_file(unread, failed)
+}
+
+/// Whether both are names of the file that has several; they stay names of one file.
+fn are_one_file(one: &Path, other: &Path) -> bool {
+    one.starts_with("names") && other.starts_with("names")
 }
 
 #[test]
