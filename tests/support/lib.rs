@@ -24,6 +24,8 @@ pub mod s3;
 pub mod seeds;
 pub mod signature;
 pub mod supervisor;
+#[cfg(target_arch = "x86_64")]
+pub mod syscalls;
 pub mod table;
 pub mod tree;
 pub mod wait;
