@@ -195,10 +195,13 @@ fn work_under_way_says_how_far_it_is() {
 fn told(supervisor: &e2e::supervisor::Supervisor) -> [Value; 3] {
     let mut answer = supervisor.post("/v1/backup");
     assert_eq!(answer.status, 200, "{answer:?}");
-    let log = supervisor.log();
-    let mut lines = log.lines().filter(|line| line.contains("\"backed up\""));
-    let line = lines.next_back().expect("it is logged");
-    let line = serde_json::from_str(line).expect("is JSON");
+    let backups = supervisor.setup.agent_calls("backup").len();
+    let line = until_some("its line", || {
+        let log = supervisor.log();
+        let mut lines = log.lines().filter(|line| line.contains("\"backed up\""));
+        lines.nth(backups - 1).map(str::to_owned)
+    });
+    let line = serde_json::from_str(&line).expect("is JSON");
     [
         answer.body["data"].take(),
         supervisor.status()["backup"].take(),
@@ -262,7 +265,7 @@ fn what_a_snapshot_lacks_is_in_the_answer_the_status_and_the_log() {
             }
         }
         // Said when it comes up, not at each backup.
-        assert_eq!(warnings(), (times, times));
+        until("the warnings", || warnings() == (times, times));
     }
 }
 

@@ -35,6 +35,15 @@ fn kill_gateway(supervisor: &Supervisor, signal: i32) {
     assert!(status.expect("kill runs").success());
 }
 
+/// Waits for a line with both of these; the log may be read later than all else.
+fn until_logged(supervisor: &Supervisor, message: &str, part: &str) {
+    until(&format!("a line of {message} with {part}"), || {
+        let log = supervisor.log();
+        let mut lines = log.lines().filter(|line| line.contains(message));
+        lines.any(|line| line.contains(part))
+    });
+}
+
 /// By a process of its own, for the reason that `place` has.
 fn write_script(path: &Path, text: &str) {
     let draft = path.with_extension("draft");
@@ -516,9 +525,7 @@ fn told_to_start_after_a_failed_restore_it_does_and_backs_up_to_a_fork() {
         call["arguments"],
         json!(["backup", "--fork", "--confirm", "--json"])
     );
-    let log = supervisor.log();
-    let mut lines = log.lines().filter(|line| line.contains("\"backed up\""));
-    assert!(lines.all(|line| line.contains("\"fork\":true")), "{log}");
+    until_logged(&supervisor, "\"backed up\"", "\"fork\":true");
     assert_eq!(supervisor.status()["backup"]["fork"], true);
     assert_eq!(supervisor.stop(), Some(1));
     assert_final(
@@ -668,11 +675,11 @@ fn until_restoring_again(supervisor: &Supervisor, reason: &str) {
     let refused = supervisor.post("/v1/backup");
     assert_eq!((refused.status, refused.code()), (409, "backup_disabled"));
     assert_eq!(supervisor.setup.starts().len(), 1);
-    let log = supervisor.log();
-    let mut lines = log
-        .lines()
-        .filter(|line| line.contains("the root is lost: stopping and restoring"));
-    assert!(lines.any(|line| line.contains("\"error\"")), "{log}");
+    until_logged(
+        supervisor,
+        "the root is lost: stopping and restoring",
+        "\"error\"",
+    );
 }
 
 /// And what follows once it is.
@@ -1028,11 +1035,8 @@ fn sigterm_stops_the_gateway_takes_the_final_snapshot_and_exits_0() {
 
 /// The error that says what became of the final snapshot, and why.
 fn assert_final(supervisor: &Supervisor, message: &str, reason: &str) {
-    let log = supervisor.log();
-    let mut lines = log
-        .lines()
-        .filter(|line| line.contains(message) && line.contains("\"error\""));
-    assert!(lines.any(|line| line.contains(reason)), "{log}");
+    until_logged(supervisor, message, reason);
+    until_logged(supervisor, message, "\"error\"");
 }
 
 #[test]

@@ -136,13 +136,14 @@ pub fn command(config: &Config, program: &OsStr, arguments: &[impl AsRef<OsStr>]
     command
 }
 
-/// What a shell reports for a program that is there and cannot be executed.
+/// What a shell reports for a program that is not there, or cannot be executed.
+pub const NOT_FOUND: i32 = 127;
 pub const CANNOT_EXECUTE: i32 = 126;
 
 /// The exit code that a shell reports for a program that cannot be executed.
 pub fn exec_failure_code(error: &io::Error) -> i32 {
     match error.kind() {
-        io::ErrorKind::NotFound => 127,
+        io::ErrorKind::NotFound => NOT_FOUND,
         _ => CANNOT_EXECUTE,
     }
 }

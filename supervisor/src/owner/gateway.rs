@@ -47,7 +47,7 @@ impl Owner {
             }
             (Ok(Some(found)), Some(known)) if known.is_same(&found) => return None,
             // It was just tried to make it.
-            (Ok(None), None) => return Some(self.not_started(process::CANNOT_EXECUTE)),
+            (Ok(None), None) => return Some(self.not_started(process::NOT_FOUND)),
             (Err(error), _) => {
                 let reason = error.to_string();
                 log!(Error, "cannot look at the root", reason = reason);
