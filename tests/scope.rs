@@ -195,6 +195,7 @@ fn a_file_of_too_many_holes_is_left_out_with_a_word_and_stops_no_backup() {
     let words = outcome.logged("entry left out");
     assert_eq!(words.len(), 1);
     assert_eq!(words[0]["path"], "odd");
+    assert_eq!(words[0]["reason"], "it has too many holes");
     assert_eq!(kept_names(&host), ["other"]);
 
     assert_eq!(host.json(&["backup"])["unchanged"], true);
