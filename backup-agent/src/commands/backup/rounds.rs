@@ -80,15 +80,18 @@ pub struct Taken {
 }
 
 impl Taken {
-    /// Whether the tree was read as it was at one instant, by what the last look could not read and why it may not have been.
-    fn judge(&mut self, unread: Unread, doubt: Option<String>) {
-        self.unread.join(unread);
-        let unread = match self.unread.count {
-            0 => None,
-            1 => Some("1 path cannot be read".to_owned()),
-            count => Some(format!("{count} paths cannot be read")),
+    /// Whether the tree was read as it was at one instant. `again`: what the last look could not see once more, so that nobody
+    /// knows whether it has changed meanwhile.
+    fn judge(&mut self, again: &Unread, doubt: Option<String>) {
+        let paths = |count| match count {
+            1 => "1 path".to_owned(),
+            count => format!("{count} paths"),
         };
-        self.reason = unread.or(doubt);
+        self.reason = match (self.unread.count, again.count) {
+            (0, 0) => doubt,
+            (0, again) => Some(format!("{} cannot be looked at once more", paths(again))),
+            (unread, _) => Some(format!("{} cannot be read", paths(unread))),
+        };
         self.consistency = match self.reason {
             None => Consistency::Instant,
             Some(_) => Consistency::PerFile,
@@ -188,7 +191,7 @@ pub async fn take(
             }
         }
         if is_captured {
-            done.judge(changes.unread, doubt);
+            done.judge(&changes.unread, doubt);
             return Ok(done);
         }
 
@@ -204,7 +207,7 @@ pub async fn take(
             doubt.clone_from(&changes.doubt);
         }
         if changes.count == 0 || config.freezer.is_none() || done.rounds == MOST_ROUNDS {
-            done.judge(changes.unread, doubt);
+            done.judge(&changes.unread, doubt);
             return Ok(done);
         }
         (index, about) = (Some(written), snapshot.to_owned());
