@@ -253,8 +253,7 @@ fn told_to_start_anyway_it_starts_fresh_and_saves_beside_the_history() {
         .expect("it is named")
         .to_owned();
     tree::write(&supervisor.setup.root(), "fresh", "written later");
-    // The next boot does not restore it by itself.
-    assert_eq!(supervisor.stop(), Some(1));
+    assert_eq!(supervisor.stop(), Some(0));
     assert_eq!(
         place.head()["snapshot"],
         head["snapshot"],

@@ -527,7 +527,7 @@ fn told_to_start_after_a_failed_restore_it_does_and_backs_up_to_a_fork() {
     );
     until_logged(&supervisor, "\"backed up\"", "\"fork\":true");
     assert_eq!(supervisor.status()["backup"]["fork"], true);
-    assert_eq!(supervisor.stop(), Some(1));
+    assert_eq!(supervisor.stop(), Some(0));
     assert_final(
         &supervisor,
         "final snapshot not in the head",
@@ -621,8 +621,8 @@ fn a_fence_ends_the_schedule_but_not_the_gateway() {
     assert_eq!(status["backup"]["lastError"], "the fake says fenced");
     let refused = supervisor.post("/v1/backup");
     assert_eq!((refused.status, refused.code()), (409, "fenced"));
-    // Not at the shutdown either: what was written since is lost.
-    assert_eq!(supervisor.stop(), Some(1));
+    // Not at the shutdown either, which is a clean one, but what was written since is lost, and that is said.
+    assert_eq!(supervisor.stop(), Some(0));
     assert_final(
         &supervisor,
         "final snapshot lost",
@@ -860,7 +860,7 @@ fn a_fenced_instance_that_loses_its_root_takes_nothing_over() {
     let error = status["restore"]["error"].as_str().expect("is said");
     assert!(error.contains("another instance holds the head"), "{error}");
     assert_eq!(status["backup"]["status"], "fenced");
-    assert_eq!(supervisor.stop(), Some(1));
+    assert_eq!(supervisor.stop(), Some(0));
     assert_eq!(supervisor.setup.agent_calls("restore").len(), 1);
     assert_eq!(supervisor.setup.starts().len(), 1);
 }
@@ -1043,35 +1043,39 @@ fn assert_final(supervisor: &Supervisor, message: &str, reason: &str) {
 fn a_final_snapshot_that_is_not_the_head_is_said_and_shows_in_the_exit_code() {
     let shrunk =
         json!([{ "answer": { "snapshot": "beside", "fork": true, "warning": "the tree shrank" } }]);
-    for (steps, message, reason) in [
+    for (exit, steps, message, reason) in [
         (
+            1,
             failure(75, "store_unavailable"),
             "final snapshot lost",
             "the fake says store_unavailable",
         ),
         (
+            1,
             failure(74, "root_lost"),
             "final snapshot lost",
             "the fake says root_lost",
         ),
         (
+            1,
             failure(74, "restore_unfinished"),
             "final snapshot lost",
             "the fake says restore_unfinished",
         ),
         (
+            0,
             failure(12, "fenced"),
             "final snapshot not in the head",
             "the fake says fenced",
         ),
-        (shrunk, "final snapshot not in the head", "it is a fork"),
+        (0, shrunk, "final snapshot not in the head", "it is a fork"),
     ] {
         let setup = Setup::new();
         setup.agent("backup", &steps);
         let mut supervisor = setup.start();
         supervisor.until_running(1);
         fs::write(supervisor.setup.root().join("file"), "").expect("can write");
-        assert_eq!(supervisor.stop(), Some(1));
+        assert_eq!(supervisor.stop(), Some(exit), "{reason}");
         assert_final(&supervisor, message, reason);
         assert_eq!(supervisor.setup.agent_calls("restore").len(), 1);
         assert_eq!(supervisor.setup.starts().len(), 1);

@@ -69,6 +69,15 @@ impl Loss {
     pub fn is_fork(&self) -> bool {
         matches!(self, Self::Fork | Self::Overtaken(_))
     }
+
+    /// Whether it is a failure of this life. Another holder of the head is none: an instance that was started again for such an
+    /// exit would take the head back.
+    pub fn is_failure(&self) -> bool {
+        match self {
+            Self::Fork | Self::Overtaken(_) | Self::Fenced => false,
+            Self::NotRestored | Self::Interrupted(_) | Self::Failed(_) => true,
+        }
+    }
 }
 
 #[cfg(test)]
@@ -148,6 +157,21 @@ mod tests {
         ] {
             let found = loss(ended.as_ref(), mode, tree);
             assert_eq!(found, expected, "{ended:?} {mode:?} {tree:?}");
+        }
+    }
+
+    #[test]
+    fn what_another_holder_of_the_head_or_a_fork_leaves_unsaved_is_no_failure() {
+        let said = || "said".to_owned();
+        for loss in [Loss::Fork, Loss::Overtaken(said()), Loss::Fenced] {
+            assert!(!loss.is_failure(), "{loss:?}");
+        }
+        for loss in [
+            Loss::NotRestored,
+            Loss::Interrupted(said()),
+            Loss::Failed(said()),
+        ] {
+            assert!(loss.is_failure(), "{loss:?}");
         }
     }
 }

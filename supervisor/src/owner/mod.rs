@@ -268,7 +268,7 @@ impl Owner {
         }
     }
 
-    /// Whether the next boot restores what this life leaves; if not, that is said.
+    /// Whether this life ends well. What the next boot does not restore is said.
     fn is_saved(&self) -> bool {
         let tree = match (self.has_run, root::is_empty(&self.config.root)) {
             (true, _) => Tree::Used,
@@ -287,7 +287,7 @@ impl Owner {
         } else {
             log!(Error, "final snapshot lost", reason = loss.reason());
         }
-        false
+        !loss.is_failure()
     }
 
     /// Each signal cuts the wait that is current: the gateway's grace first, then the agent.
