@@ -16,7 +16,11 @@ use nix::{
     unistd::{Pid, Uid},
 };
 
-use super::process::{self, Answer, unless_gone};
+use super::{
+    identity::Identity,
+    process::{self, Answer, unless_gone},
+};
+use crate::capabilities;
 
 /// A read of `maps` takes as much of it at once.
 const BUFFER: usize = 64 << 10;
@@ -36,8 +40,8 @@ pub struct Unseen {
 /// What processes of the user may change unseen, as far as it can be told within the budget.
 ///
 /// A thread of its own reads, and is left behind where that hangs: `maps` waits for a page fault of the process, which waits for
-/// its file system. The thread has the rights on files of the calling one.
-pub fn unseen(user: Uid, budget: Duration) -> Unseen {
+/// its file system. Without the capability `SYS_PTRACE` only the user itself may read, as `identity`.
+pub fn unseen(user: Uid, identity: Option<Identity>, budget: Duration) -> Unseen {
     let end = Instant::now() + budget;
     let found = Arc::new(Mutex::new(Unseen::default()));
     let (done, is_done) = mpsc::channel();
@@ -45,7 +49,11 @@ pub fn unseen(user: Uid, budget: Duration) -> Unseen {
     let started = thread::Builder::new()
         .name("writers".to_owned())
         .spawn(move || {
-            let is_complete = look(user, end, &shared);
+            let mut is_allowed = true;
+            if let Some(identity) = identity.filter(|_| !capabilities::can_trace()) {
+                is_allowed = identity.assume().is_ok();
+            }
+            let is_complete = is_allowed && look(user, end, &shared);
             let _ = done.send(is_complete);
         });
     let is_complete = started.is_ok() && is_done.recv_timeout(budget) == Ok(true);
@@ -246,7 +254,7 @@ mod tests {
 
     #[test]
     fn time_that_is_over_is_no_answer() {
-        let unseen = unseen(Uid::from_raw(54_321), Duration::ZERO);
+        let unseen = unseen(Uid::from_raw(54_321), None, Duration::ZERO);
         assert_eq!(unseen, Unseen::default());
     }
 }

@@ -243,42 +243,39 @@ async fn capture(
     let (log, file) = (state.nameless()?, state.nameless()?);
     let (layers, taken) = (known.layers.to_vec(), taken.to_vec());
     let known = known.open()?;
-    let work = move || {
-        let frozen = match freezer.freeze() {
-            Ok(frozen) => frozen,
-            Err(reason) => return Ok((Err(reason), None)),
-        };
-        let capture = Capture {
-            file,
-            taken,
-            until: frozen.until(),
-        };
-        let scanned = scan(
-            &root,
-            &excludes,
-            known,
-            &layers,
-            Racy::Read,
-            log,
-            Some(capture),
-        );
-        let (is_whole, pause) = frozen.thaw();
-        let pause = Some(pause);
-        match scanned {
-            Ok(changes) if is_whole => Ok((Ok(changes), pause)),
-            Ok(_) | Err(Stop::Late) => Ok((Err(NotFrozen::Interrupted), pause)),
-            Err(Stop::Unreadable) => Err(Unreadable.into()),
-            Err(Stop::Failed(error)) => Err(error),
+    // Whoever looks at processes is root: not every one of them may be looked at by its own user.
+    let frozen = match with_identity(None, "hold", move || freezer.freeze()).await? {
+        Ok(frozen) => frozen,
+        Err(reason) => {
+            tell(&reason);
+            return Ok((None, None));
         }
     };
-    let (changes, pause) = with_identity(config.identity, "capture", work).await??;
-    if let Err(reason) = &changes {
-        log::warn(
-            "the gateway could not be stopped for a snapshot of one instant",
-            &[("reason", reason.to_string().into())],
-        );
+    let capture = Capture {
+        file,
+        taken,
+        until: frozen.until(),
+    };
+    let scanned = with_identity(config.identity, "capture", move || {
+        let capture = Some(capture);
+        scan(&root, &excludes, known, &layers, Racy::Read, log, capture)
+    });
+    let scanned = scanned.await?;
+    let (is_whole, pause) = with_identity(None, "hold", move || frozen.thaw()).await?;
+    match scanned {
+        Ok(changes) if is_whole => return Ok((Some(changes), Some(pause))),
+        Ok(_) | Err(Stop::Late) => tell(&NotFrozen::Interrupted),
+        Err(Stop::Unreadable) => return Err(Unreadable.into()),
+        Err(Stop::Failed(error)) => return Err(error),
     }
-    Ok((changes.ok(), pause))
+    Ok((None, Some(pause)))
+}
+
+fn tell(reason: &NotFrozen) {
+    log::warn(
+        "the gateway could not be stopped for a snapshot of one instant",
+        &[("reason", reason.to_string().into())],
+    );
 }
 
 /// Writes the changes as a layer and uploads it at the same time.
