@@ -57,13 +57,13 @@ impl Ledger {
         until("the writers write", || length() > before);
     }
 
-    /// Whether any of its processes is stopped.
-    pub fn is_stopped(&self) -> bool {
+    /// Whether any of its processes is held or stopped.
+    pub fn is_held(&self) -> bool {
         self.children.iter().any(|child| {
             let stat = fs::read_to_string(format!("/proc/{}/stat", child.id()));
             let stat = stat.unwrap_or_default();
             stat.rsplit_once(") ")
-                .is_some_and(|(_, fields)| fields.starts_with('T'))
+                .is_some_and(|(_, fields)| fields.starts_with(['t', 'T']))
         })
     }
 }

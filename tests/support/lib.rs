@@ -10,6 +10,7 @@ pub mod edge;
 pub mod faults;
 pub mod forge;
 pub mod golden;
+pub mod held;
 pub mod history;
 pub mod http;
 pub mod ledger;

@@ -78,10 +78,13 @@ pub fn state(pid: Pid, thread: Pid) -> Answer<u8> {
     parsed(format!("/proc/{pid}/task/{thread}/stat"), parse_state)
 }
 
-/// The system call that a thread sleeps in, if it does.
+/// The system call that a thread sleeps in, if it does and if that may be known: without `DAC_OVERRIDE` it may not of every process.
 pub fn call(pid: Pid, thread: Pid) -> Answer<Option<libc::c_long>> {
     let path = format!("/proc/{pid}/task/{thread}/syscall");
-    parsed(path, |text| Some(parse_call(text)))
+    match parsed(path, |text| Some(parse_call(text))) {
+        Err(error) if error.source.kind() == io::ErrorKind::PermissionDenied => Ok(Some(None)),
+        answer => answer,
+    }
 }
 
 /// The entries of a directory whose names are numbers.

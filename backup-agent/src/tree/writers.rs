@@ -16,7 +16,11 @@ use nix::{
     unistd::{Pid, Uid},
 };
 
-use super::process::{self, Answer, unless_gone};
+use super::{
+    identity::Identity,
+    process::{self, Answer, unless_gone},
+};
+use crate::capabilities;
 
 /// A read of `maps` takes as much of it at once.
 const BUFFER: usize = 64 << 10;
@@ -33,25 +37,49 @@ pub struct Unseen {
     pub is_complete: bool,
 }
 
-/// What processes of the user may change unseen, as far as it can be told within the budget.
+/// A look at processes that is under way.
+pub struct Watch {
+    found: Arc<Mutex<Unseen>>,
+    is_done: mpsc::Receiver<bool>,
+    end: Instant,
+}
+
+/// Begins to look at what processes of the user may change unseen, with the rights of the calling thread. Without the capability
+/// `SYS_PTRACE` only the user itself may look, as `identity`.
 ///
 /// A thread of its own reads, and is left behind where that hangs: `maps` waits for a page fault of the process, which waits for
-/// its file system. The thread has the rights on files of the calling one.
-pub fn unseen(user: Uid, budget: Duration) -> Unseen {
+/// its file system.
+pub fn watch(user: Uid, identity: Option<Identity>, budget: Duration) -> Watch {
     let end = Instant::now() + budget;
     let found = Arc::new(Mutex::new(Unseen::default()));
     let (done, is_done) = mpsc::channel();
     let shared = Arc::clone(&found);
-    let started = thread::Builder::new()
-        .name("writers".to_owned())
-        .spawn(move || {
-            let is_complete = look(user, end, &shared);
-            let _ = done.send(is_complete);
-        });
-    let is_complete = started.is_ok() && is_done.recv_timeout(budget) == Ok(true);
-    let mut unseen = lock(&found).clone();
-    unseen.is_complete = is_complete;
-    unseen
+    let thread = thread::Builder::new().name("writers".to_owned());
+    // One that does not start leaves its end of the channel closed, which is an incomplete look.
+    let _ = thread.spawn(move || {
+        let mut is_allowed = true;
+        if let Some(identity) = identity.filter(|_| !capabilities::can_trace()) {
+            is_allowed = identity.assume().is_ok();
+        }
+        let is_complete = is_allowed && look(user, end, &shared);
+        let _ = done.send(is_complete);
+    });
+    Watch {
+        found,
+        is_done,
+        end,
+    }
+}
+
+impl Watch {
+    /// What was found by the end of the budget.
+    pub fn finish(self) -> Unseen {
+        let left = self.end.saturating_duration_since(Instant::now());
+        let is_complete = self.is_done.recv_timeout(left) == Ok(true);
+        let mut unseen = lock(&self.found).clone();
+        unseen.is_complete = is_complete;
+        unseen
+    }
 }
 
 /// No panic can leave it half-changed.
@@ -246,7 +274,7 @@ mod tests {
 
     #[test]
     fn time_that_is_over_is_no_answer() {
-        let unseen = unseen(Uid::from_raw(54_321), Duration::ZERO);
+        let unseen = watch(Uid::from_raw(54_321), None, Duration::ZERO).finish();
         assert_eq!(unseen, Unseen::default());
     }
 }

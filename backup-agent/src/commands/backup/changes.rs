@@ -55,7 +55,9 @@ pub struct Changes {
     pub started: i64,
     /// Until then by that clock, what changes can get the time of something that was found.
     pub racy_until: Option<i64>,
-    /// Inodes of files in the tree that processes can change without the kernel setting a time.
+    /// Inodes of all files that were met.
+    pub inodes: Vec<u64>,
+    /// Those that processes can change without the kernel setting a time.
     pub unseen: HashSet<u64>,
     /// How long the walk took.
     pub took: Duration,
@@ -184,9 +186,7 @@ pub struct Look<'a> {
     /// Layers of the snapshot that the index is of.
     pub layers: &'a [Layer],
     pub racy: Racy,
-    /// Inodes that processes can change now without the kernel setting a time.
-    pub unseen_now: &'a HashSet<u64>,
-    /// Those, and what they could change at the look before.
+    /// Inodes of files that may have changed without the kernel setting a time.
     pub unseen: &'a HashSet<u64>,
     /// Paths that keep what the index has, whatever is found there.
     pub held: &'a HashSet<Vec<u8>>,
@@ -223,6 +223,7 @@ pub fn scan(
             root: None,
             started: file_clock()?,
             racy_until: None,
+            inodes: Vec::new(),
             unseen: HashSet::new(),
             took: Duration::ZERO,
             skipped: Skipped::default(),
@@ -307,8 +308,8 @@ impl Scan<'_> {
                 let until = stamp.ctime.saturating_add(unit(stamp.ctime));
                 self.changes.racy_until = self.changes.racy_until.max(Some(until));
             }
-            if found.entry.kind == Kind::File && self.look.unseen_now.contains(&stamp.ino) {
-                self.changes.unseen.insert(stamp.ino);
+            if found.entry.kind == Kind::File {
+                self.changes.inodes.push(stamp.ino);
             }
         }
         let path = &found.entry.path;

@@ -12,8 +12,6 @@ use std::{
     time::{Duration, Instant},
 };
 
-use nix::unistd::Uid;
-
 use super::{
     Base,
     changes::{Capture, Changes, Look, Stop, scan},
@@ -43,7 +41,7 @@ use crate::{
         identity::with_identity,
         miss::Unread,
         scan::{self, Met, Verdict},
-        writers::{self, Unseen},
+        writers::{self, Unseen, Watch},
     },
 };
 
@@ -302,10 +300,8 @@ impl Source<'_> {
         // Refused here and not on the thread: an index that is no good is as good as none.
         self.open()?;
         let mut eyes = Eyes::new(self, config, state, racy)?;
-        let user = config.gateway_user();
-        let walk = with_identity(config.identity, "walk", move || {
-            eyes.look(&writers::unseen(user, LOOK_AT_PROCESSES))
-        });
+        let watch = writers::watch(config.gateway_user(), config.identity, LOOK_AT_PROCESSES);
+        let walk = with_identity(config.identity, "walk", move || eyes.look(watch));
         match walk.await? {
             Ok(changes) => {
                 state.saw(&changes.unseen, changes.root)?;
@@ -349,37 +345,50 @@ impl Eyes {
         })
     }
 
-    /// Looks again where names that cannot be read need others to stay as they were.
-    fn look(&mut self, now: &Unseen) -> Result<Changes, Stop> {
+    /// Looks until nothing is left that has to be looked at in another way: files that processes can change unseen, and files
+    /// that names which cannot be read are links of.
+    fn look(&mut self, watch: Watch) -> Result<Changes, Stop> {
+        let mut changes = self.once(None)?;
+        // It was under way at the same time as the walk.
+        let now = watch.finish();
         loop {
-            let changes = self.once(now, None)?;
-            if changes.needed.is_subset(&self.held) {
+            self.note(&mut changes, &now);
+            if changes.unseen.is_subset(&self.unseen) && changes.needed.is_subset(&self.held) {
                 return Ok(changes);
             }
+            self.unseen.extend(changes.unseen);
             self.held.extend(changes.needed);
             let emptied = self.log.set_len(0).and_then(|()| self.log.rewind());
-            emptied.map_err(Error::local("write", "a working file in RUNTIME_STATE"))?;
+            emptied.map_err(Error::local("write", WORKING_FILE))?;
+            changes = self.once(None)?;
         }
     }
 
-    fn once(&mut self, now: &Unseen, capture: Option<Capture>) -> Result<Changes, Stop> {
+    fn once(&self, capture: Option<Capture>) -> Result<Changes, Stop> {
         let known = match &self.index {
             Some(index) => Known::open(index, &self.snapshot, self.layers.len())?,
             None => Known::nothing(),
         };
-        self.unseen.extend(&now.inodes);
         let look = Look {
             root: &self.root,
             excludes: &self.excludes,
             layers: &self.layers,
             racy: self.racy,
-            unseen_now: &now.inodes,
             unseen: &self.unseen,
             held: &self.held,
         };
         let log = self.log.try_clone();
-        let log = log.map_err(Error::local("write", "a working file in RUNTIME_STATE"))?;
-        let mut changes = scan(&look, known, log, capture)?;
+        let log = log.map_err(Error::local("write", WORKING_FILE))?;
+        scan(&look, known, log, capture)
+    }
+
+    /// Says of changes what processes can change without the kernel setting a time, and what nobody can know of that.
+    fn note(&self, changes: &mut Changes, now: &Unseen) {
+        let unseen = |inode: &u64| now.inodes.contains(inode);
+        changes.unseen = std::mem::take(&mut changes.inodes)
+            .into_iter()
+            .filter(unseen)
+            .collect();
         changes.held.clone_from(&self.held);
         changes.doubt = match now {
             Unseen {
@@ -396,9 +405,11 @@ impl Eyes {
             }
             Unseen { .. } => None,
         };
-        Ok(changes)
     }
 }
+
+/// What errors call a file that the agent works with.
+const WORKING_FILE: &str = "a working file in RUNTIME_STATE";
 
 /// Why it is not known what changed.
 pub enum LookError {
@@ -441,26 +452,35 @@ async fn capture(
     let mut eyes = Eyes::new(known, config, state, Racy::Read)?;
     eyes.held.clone_from(&changes.held);
     let (file, taken) = (state.nameless()?, taken.to_vec());
-    let work = move || {
-        let frozen = match freezer.freeze() {
-            Ok(frozen) => frozen,
-            Err(reason) => return Ok((Err(reason.to_string()), None)),
-        };
-        let scanned = while_held(&mut eyes, freezer.user, file, taken, frozen.until());
-        let (is_whole, pause) = frozen.thaw();
-        let changes = match scanned {
-            Ok(changes) if is_whole => Ok(changes),
-            Ok(_) | Err(Torn::Late) => Err(NotFrozen::Interrupted.to_string()),
-            Err(Torn::Written) => Err(WRITTEN_WHILE_HELD.to_owned()),
-            Err(Torn::Failed(error)) => return Err(error),
-        };
-        Ok((changes, Some(pause)))
+    let (user, identity) = (freezer.user, config.identity);
+    // Whoever looks at processes is root: not every one of them may be looked at by its own user.
+    let hold = with_identity(None, "hold", move || {
+        let frozen = freezer.freeze()?;
+        let left = frozen.until().saturating_duration_since(Instant::now());
+        let now = writers::watch(user, identity, left).finish();
+        Ok::<_, NotFrozen>((frozen, now))
+    });
+    let (frozen, now) = match hold.await? {
+        Ok(held) => held,
+        Err(reason) => return Ok((Err(reason.to_string()), None)),
     };
-    let (changes, pause) = with_identity(config.identity, "capture", work).await??;
-    if let Ok(changes) = &changes {
-        state.saw(&changes.unseen, changes.root)?;
-    }
-    Ok((changes, pause))
+    let until = frozen.until();
+    let capture = Capture { file, taken, until };
+    let scanned = with_identity(config.identity, "capture", move || {
+        while_held(&mut eyes, &now, capture)
+    });
+    let scanned = scanned.await?;
+    let (is_whole, pause) = with_identity(None, "hold", move || frozen.thaw()).await?;
+    let changes = match scanned {
+        Ok(changes) if is_whole => {
+            state.saw(&changes.unseen, changes.root)?;
+            Ok(changes)
+        }
+        Ok(_) | Err(Torn::Late) => Err(NotFrozen::Interrupted.to_string()),
+        Err(Torn::Written) => Err(WRITTEN_WHILE_HELD.to_owned()),
+        Err(Torn::Failed(error)) => return Err(error),
+    };
+    Ok((changes, Some(pause)))
 }
 
 const WRITTEN_WHILE_HELD: &str = "something was written to the tree while the gateway was held: by somebody else, or by the \
@@ -490,13 +510,8 @@ impl From<Error> for Torn {
 }
 
 /// Captures what changed, then looks once more at every status: the gateway is held, so nothing may have a later time.
-fn while_held(
-    eyes: &mut Eyes,
-    user: Uid,
-    file: File,
-    taken: Vec<bool>,
-    until: Instant,
-) -> Result<Changes, Torn> {
+fn while_held(eyes: &mut Eyes, now: &Unseen, capture: Capture) -> Result<Changes, Torn> {
+    let until = capture.until;
     let held = file_clock()?;
     // What was written before has an earlier time from the next tick on.
     while file_clock()? == held {
@@ -505,11 +520,12 @@ fn while_held(
         }
         thread::sleep(CLOCK_AGAIN);
     }
-    let now = writers::unseen(user, until.saturating_duration_since(Instant::now()));
-    let changes = eyes.once(&now, Some(Capture { file, taken, until }))?;
-    if !changes.needed.is_subset(&changes.held) {
+    eyes.unseen.extend(&now.inodes);
+    let mut changes = eyes.once(Some(capture))?;
+    if !changes.needed.is_subset(&eyes.held) {
         return Err(Torn::Written);
     }
+    eyes.note(&mut changes, now);
     let visit = |met: Met<'_>| {
         if Instant::now() >= until {
             return Err(Torn::Late);
