@@ -166,9 +166,9 @@ impl Held {
         let mut states = Vec::new();
         for pid in numbers(Path::new("/proc")) {
             let process = Path::new("/proc").join(&pid);
-            let status = fs::read(process.join("status")).unwrap_or_default();
-            let status = String::from_utf8_lossy(&status);
-            let mut lines = status.lines();
+            let text = fs::read(process.join("status")).unwrap_or_default();
+            let text = String::from_utf8_lossy(&text);
+            let mut lines = text.lines();
             let ids = lines.find_map(|line| line.strip_prefix("Uid:"));
             let mut ids = ids.unwrap_or_default().split_ascii_whitespace().take(3);
             if !ids.any(|id| id.parse() == Ok(self.uid)) {
