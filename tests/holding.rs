@@ -120,15 +120,15 @@ fn no_signal_is_lost_at_the_beginning_and_the_end_of_a_pause() {
     let receiver = held.start("signals", &[]);
     let pid = held.pid(receiver).to_string();
     let sender = held.start("stream", &[&pid]);
-    for _ in 0..30 {
+    for _ in 0..10 {
         held.hold();
     }
     let sent = held.ask(sender, "").as_u64().expect("it is a number");
     let counts = held.ask(receiver, &sent.to_string());
     let counts = counts.as_object().expect("it is a table").values();
-    let received: u64 = counts.filter_map(serde_json::Value::as_u64).sum();
+    let arrived: u64 = counts.filter_map(serde_json::Value::as_u64).sum();
     assert!(sent > 0);
-    assert_eq!(received, sent);
+    assert_eq!(arrived, sent);
 }
 
 #[test]
@@ -193,9 +193,9 @@ fn nobody_escapes(starts: &[(&str, &[&str])], others: &[&str]) {
             continue;
         }
         instants += 1;
-        for number in 0..starts.len() {
+        for (number, (mode, _)) in starts.iter().enumerate() {
             let torn = held.torn(&answer["snapshot"], &number.to_string());
-            assert_eq!(torn, None, "{:?}: {answer}", starts[number]);
+            assert_eq!(torn, None, "{mode}: {answer}");
         }
     }
     assert!(instants > 0, "no snapshot was of one instant");
@@ -463,12 +463,8 @@ fn a_reader_that_hangs_holds_nobody_longer_than_it_may() {
     let mut command = with_fault(&mut held, "300ms", &hangs, "pread64:delay_enter=1s");
     let outcome = Running::start(&mut command).wait().expect(0);
     let answer = outcome.json();
-    assert!(
-        (1..=300).contains(&answer["pauseMs"].as_u64().unwrap_or(0)),
-        "{outcome:?}"
-    );
-    let said = outcome.logged("the gateway could not be stopped for a snapshot of one instant");
-    assert!(!said.is_empty(), "{outcome:?}");
+    let pause = answer["pauseMs"].as_u64();
+    assert!(pause.is_none_or(|pause| pause <= 300), "{outcome:?}");
     // A later round need not read the file that hangs.
     let claims = answer["consistency"] == "instant";
     let torn = held.torn(&answer["snapshot"], "0");

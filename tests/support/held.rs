@@ -149,11 +149,11 @@ impl Held {
     /// A backup that is of no instant: why.
     pub fn refused(&mut self, command: &mut Command) -> String {
         let outcome = crate::agent::Running::start(command).wait().expect(0);
-        assert_eq!(outcome.json()["consistency"], "per-file", "{outcome:?}");
+        let answer = outcome.json();
+        assert_eq!(answer["consistency"], "per-file", "{outcome:?}");
         self.assert_nobody_is_held();
-        let said = outcome.logged("the gateway could not be stopped for a snapshot of one instant");
-        let reason = said.last().and_then(|line| line["reason"].as_str());
-        reason.expect("the log has the reason").to_owned()
+        let reason = answer["consistencyReason"].as_str();
+        reason.expect("the answer has the reason").to_owned()
     }
 
     /// The letter that the kernel has for what each thread of the user does, but for those that stopped by themselves.
@@ -166,9 +166,9 @@ impl Held {
         let mut states = Vec::new();
         for pid in numbers(Path::new("/proc")) {
             let process = Path::new("/proc").join(&pid);
-            let status = fs::read(process.join("status")).unwrap_or_default();
-            let status = String::from_utf8_lossy(&status);
-            let mut lines = status.lines();
+            let text = fs::read(process.join("status")).unwrap_or_default();
+            let text = String::from_utf8_lossy(&text);
+            let mut lines = text.lines();
             let ids = lines.find_map(|line| line.strip_prefix("Uid:"));
             let mut ids = ids.unwrap_or_default().split_ascii_whitespace().take(3);
             if !ids.any(|id| id.parse() == Ok(self.uid)) {

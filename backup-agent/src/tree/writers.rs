@@ -128,7 +128,7 @@ fn look_at(pid: Pid, found: &Mutex<Unseen>) -> Result<(), process::Error> {
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Mapped {
     inodes: HashSet<u64>,
-    /// The ring of io_setup(2).
+    /// The ring of `io_setup(2)`.
     has_aio: bool,
 }
 
@@ -216,7 +216,7 @@ impl Info {
     }
 }
 
-/// Whether the process has a ring of io_uring_setup(2).
+/// Whether the process has a ring of `io_uring_setup(2)`.
 fn has_ring(pid: Pid) -> Result<bool, process::Error> {
     let directory = format!("/proc/{pid}/fd");
     for descriptor in process::numbers(&directory)?.unwrap_or_default() {
@@ -231,6 +231,8 @@ fn has_ring(pid: Pid) -> Result<bool, process::Error> {
 
 #[cfg(test)]
 mod tests {
+    use std::process::{Command, Stdio};
+
     use super::*;
 
     #[test]
@@ -270,6 +272,55 @@ mod tests {
         assert_eq!(parse(0, "ino:\t77\n").inode, Some(77));
         assert_eq!(parse(0, "").inode, None);
         assert!(!Info::parse(b"flags:\tx\n\xc3").is_direct);
+    }
+
+    /// Maps a file and closes it, and opens another one past the cache; then it becomes the user.
+    const WRITER: &str = r"
+import mmap, os, sys
+folder, uid = sys.argv[1:]
+mapped = os.open(folder + '/mapped', os.O_RDWR | os.O_CREAT)
+os.truncate(mapped, 4096)
+memory = mmap.mmap(mapped, 4096)
+os.close(mapped)
+direct = os.open(folder + '/direct', os.O_RDWR | os.O_CREAT | os.O_DIRECT)
+if os.getuid() == 0: os.setuid(int(uid))
+print('up', flush=True)
+sys.stdin.read()
+";
+
+    #[test]
+    fn files_are_found_that_a_process_may_change_unseen() {
+        let is_root = Uid::effective().is_root();
+        let user = if is_root {
+            Uid::from_raw(54_398)
+        } else {
+            Uid::current()
+        };
+        // Not every file system in memory can be written past its cache; the one that builds are made on can.
+        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../target/unseen");
+        fs::create_dir_all(folder).expect("the folder of builds is ours");
+        let mut child = Command::new("python3")
+            .args(["-c", WRITER, folder, &user.to_string()])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("python3 is installed");
+        let mut up = String::new();
+        let output = child.stdout.take().expect("it is piped");
+        BufReader::new(output)
+            .read_line(&mut up)
+            .expect("it speaks");
+        assert_eq!(up, "up\n");
+        let unseen = unseen(user, None, Duration::from_mins(1));
+        for name in ["mapped", "direct"] {
+            let file = fs::metadata(format!("{folder}/{name}")).expect("it was made");
+            assert!(unseen.inodes.contains(&file.ino()), "{name}: {unseen:?}");
+        }
+        if is_root {
+            assert_eq!((unseen.is_complete, unseen.in_flight), (true, None));
+        }
+        drop(child.stdin.take());
+        child.wait().expect("it is our child");
     }
 
     #[test]

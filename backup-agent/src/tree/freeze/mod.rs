@@ -94,7 +94,6 @@ impl Freezer {
                 continue;
             }
             quiet_looks = 0;
-            // What comes in the first look costs nobody any time.
             let runs = found.runs;
             frozen.hold(found)?;
             if frozen.begun.unwrap_or(start).elapsed() >= self.limit / 2 {
@@ -127,7 +126,7 @@ impl Frozen {
     /// When they go on, whatever is done by then.
     pub fn until(&self) -> Instant {
         let margin = (self.limit / 20).min(LONGEST_MARGIN);
-        self.begun.unwrap_or_else(Instant::now) + self.limit - margin
+        self.begun.unwrap_or_else(Instant::now) + self.limit.saturating_sub(margin)
     }
 
     fn hold(&mut self, found: Found) -> Result<(), NotFrozen> {

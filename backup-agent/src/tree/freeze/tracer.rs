@@ -89,8 +89,8 @@ impl Tracer {
     pub fn end(&mut self) -> Instant {
         let by_itself = self.let_go();
         drop(self.orders.take());
-        let latest = self.until.map_or_else(Instant::now, |until| until) + PATIENCE;
-        let latest = latest.max(Instant::now() + PATIENCE);
+        let now = Instant::now();
+        let latest = self.until.unwrap_or(now).max(now) + PATIENCE;
         // `join` returns before the kernel lets anybody go on; the entry goes after that.
         let entry = format!("/proc/self/task/{}", self.id);
         while fs::symlink_metadata(&entry).is_ok() {
