@@ -28,6 +28,8 @@ pub enum Racy {
 pub struct Doubts<'a> {
     /// The file systems' clock when the walk of the index began.
     pub started: i64,
+    /// That clock when the walk had ended, or later. It may have been set back since.
+    pub ended: i64,
     /// Inodes of the files that processes can change without the kernel setting a time.
     pub unseen: &'a HashSet<u64>,
     pub racy: Racy,
@@ -61,7 +63,9 @@ impl Doubts<'_> {
         if !scan::is_same(&found.entry, known) {
             return Ok(Judgement::Changed);
         }
-        if !self.unseen.contains(&stamp.ino) && !could_repeat(stamp.ctime, self.started)? {
+        if !self.unseen.contains(&stamp.ino)
+            && !could_repeat(stamp.ctime, self.started, self.ended)?
+        {
             return Ok(Judgement::Same);
         }
         Ok(match self.racy {
@@ -77,9 +81,9 @@ impl Doubts<'_> {
 
 /// Whether a change between `since` and now, both by the file systems' clock, can have given a file this time once more.
 ///
-/// A time that is still to come, where a clock was behind for a while, cannot be that of such a change.
-pub fn could_repeat(ctime: i64, since: i64) -> Result<bool, Error> {
-    Ok(ctime.saturating_add(unit(ctime)) > since && ctime <= fine_clock()?)
+/// A time that is later than now and than `ended`, where a clock was behind for a while, cannot be that of such a change.
+pub fn could_repeat(ctime: i64, since: i64, ended: i64) -> Result<bool, Error> {
+    Ok(ctime.saturating_add(unit(ctime)) > since && ctime <= ended.max(fine_clock()?))
 }
 
 /// Nanoseconds for which a file system that gave this time gives the same one: of some, times are whole seconds (ext4 with
@@ -137,11 +141,13 @@ pub fn is_tree_same(
     root: &Path,
     excludes: &Excludes,
     mut known: Known,
+    ended: i64,
     unseen: &HashSet<u64>,
     racy: Racy,
 ) -> Result<bool, Error> {
     let doubts = Doubts {
         started: known.started,
+        ended,
         unseen,
         racy,
     };
@@ -209,7 +215,18 @@ mod tests {
             (1_699_999_998 * SECOND, false),
             (i64::MAX, false),
         ] {
-            assert_eq!(could_repeat(time, since)?, want, "{time}");
+            assert_eq!(could_repeat(time, since, since)?, want, "{time}");
+        }
+        // The clock was set back by the time of a century.
+        let century = 100 * 365 * 24 * 3600 * SECOND;
+        let (since, ended) = (since + century, since + century + SECOND);
+        for (time, want) in [
+            (since - 1, false),
+            (since, true),
+            (ended, true),
+            (ended + 1, false),
+        ] {
+            assert_eq!(could_repeat(time, since, ended)?, want, "{time}");
         }
         Ok(())
     }

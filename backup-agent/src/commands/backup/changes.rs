@@ -184,6 +184,8 @@ pub struct Look<'a> {
     /// Layers of the snapshot that the index is of.
     pub layers: &'a [Layer],
     pub racy: Racy,
+    /// The file systems' clock when the walk of the index had ended, or later.
+    pub ended: i64,
     /// Inodes that processes can change now without the kernel setting a time.
     pub unseen_now: &'a HashSet<u64>,
     /// Those, and what they could change at the look before.
@@ -209,6 +211,7 @@ pub fn scan(
         look,
         doubts: Doubts {
             started: known.started,
+            ended: look.ended,
             unseen: look.unseen,
             racy: look.racy,
         },
@@ -303,7 +306,7 @@ impl Scan<'_> {
             self.changes.root = Some(RootId::of(found.parent)?);
         }
         if let Some(stamp) = found.entry.stamp {
-            if could_repeat(stamp.ctime, self.changes.started)? {
+            if could_repeat(stamp.ctime, self.changes.started, self.changes.started)? {
                 let until = stamp.ctime.saturating_add(unit(stamp.ctime));
                 self.changes.racy_until = self.changes.racy_until.max(Some(until));
             }

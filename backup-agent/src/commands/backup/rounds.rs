@@ -321,6 +321,7 @@ struct Eyes {
     snapshot: String,
     layers: Vec<Layer>,
     racy: Racy,
+    ended: i64,
     /// Inodes that processes could change at the look before without the kernel setting a time.
     unseen: HashSet<u64>,
     held: HashSet<Vec<u8>>,
@@ -338,6 +339,7 @@ impl Eyes {
             snapshot: source.snapshot.to_owned(),
             layers: source.layers.to_vec(),
             racy,
+            ended: state.ended(),
             unseen: state.facts.unseen.clone(),
             held: HashSet::new(),
             is_apart: config.freezer.is_some() || config.identity.is_some(),
@@ -369,6 +371,7 @@ impl Eyes {
             excludes: &self.excludes,
             layers: &self.layers,
             racy: self.racy,
+            ended: self.ended,
             unseen_now: &now.inodes,
             unseen: &self.unseen,
             held: &self.held,
@@ -515,7 +518,9 @@ fn while_held(
             Met::Missed(..) => None,
         };
         match stamp {
-            Some(stamp) if could_repeat(stamp.ctime, changes.started)? => Err(Torn::Written),
+            Some(stamp) if could_repeat(stamp.ctime, changes.started, changes.started)? => {
+                Err(Torn::Written)
+            }
             _ => Ok(Verdict::Taken),
         }
     };

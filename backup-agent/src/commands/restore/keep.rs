@@ -66,9 +66,9 @@ pub async fn is_there_already(
         return Ok(false);
     };
     let (root, excludes) = (config.root.clone(), config.excludes.clone());
-    let unseen = state.facts.unseen.clone();
+    let (ended, unseen) = (state.ended(), state.facts.unseen.clone());
     with_identity(config.identity, "walk", move || {
-        is_tree_same(&root, &excludes, known, &unseen, Racy::Read)
+        is_tree_same(&root, &excludes, known, ended, &unseen, Racy::Read)
     })
     .await?
 }
