@@ -87,14 +87,17 @@ pub fn could_repeat(ctime: i64, since: i64, ended: i64) -> Result<bool, Error> {
 }
 
 /// Nanoseconds for which a file system that gave this time gives the same one: of some, times are whole seconds (ext4 with
-/// inodes of 128 bytes), two (FAT), or milliseconds. Below a tick of the clock, ticks decide.
+/// inodes of 128 bytes), two (FAT), or any part of one, down to 100 ns (NTFS). A cut time is earlier than the clock was.
 pub fn unit(time: i64) -> i64 {
     const SECOND: i64 = 1_000_000_000;
     if time % SECOND == 0 {
         return 2 * SECOND;
     }
-    let units = [SECOND / 10, SECOND / 100, SECOND / 1000];
-    units.into_iter().find(|unit| time % unit == 0).unwrap_or(1)
+    let mut unit = SECOND / 10;
+    while time % unit != 0 {
+        unit /= 10;
+    }
+    unit
 }
 
 /// Whether what was found has the content and attributes that the index has.
@@ -197,6 +200,8 @@ mod tests {
             (1_700_000_000 * SECOND + 500_000_000, SECOND / 10),
             (1_700_000_000 * SECOND + 10_000_000, SECOND / 100),
             (1_700_000_000 * SECOND + 3_000_000, SECOND / 1000),
+            (1_700_000_000 * SECOND + 123_456_000, 1000),
+            (1_700_000_000 * SECOND + 123_456_700, 100),
             (1_700_000_000 * SECOND + 123_456_789, 1),
         ] {
             assert_eq!(unit(time), want, "{time}");
@@ -211,6 +216,9 @@ mod tests {
             (since - 1, false),
             (since, true),
             (since + 1, true),
+            // Of the same moment, cut to microseconds, and of the one before.
+            (since - 789, true),
+            (since - 1789, false),
             (1_700_000_000 * SECOND, true),
             (1_699_999_998 * SECOND, false),
             (i64::MAX, false),
