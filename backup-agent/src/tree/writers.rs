@@ -18,6 +18,9 @@ use nix::{
 
 use super::process::{self, Answer, unless_gone};
 
+/// Longest look at what processes map, while they run: it takes milliseconds, unless the kernel waits for a page.
+pub const LONGEST_LOOK: Duration = Duration::from_secs(1);
+
 /// A read of `maps` takes as much of it at once.
 const BUFFER: usize = 64 << 10;
 
@@ -29,6 +32,8 @@ pub struct Unseen {
     pub inodes: HashSet<u64>,
     /// A process that may have a write under way in the kernel, which no stop of it stops.
     pub in_flight: Option<Pid>,
+    /// Such a write may be to a file that no descriptor leads to any more: io_submit(2) keeps what it writes to open.
+    pub is_any_file_written: bool,
     /// Whether all of it could be read, and in time.
     pub is_complete: bool,
 }
@@ -81,20 +86,35 @@ fn look(user: Uid, end: Instant, found: &Mutex<Unseen>) -> bool {
 }
 
 fn look_at(pid: Pid, found: &Mutex<Unseen>) -> Result<(), process::Error> {
-    let mapped = mapped(pid).map(Option::unwrap_or_default);
+    let Some(thread) = live_thread(pid)? else {
+        return Ok(());
+    };
+    let of = format!("/proc/{pid}/task/{thread}");
+    let mapped = mapped(&of).map(Option::unwrap_or_default);
     if let Ok(mapped) = &mapped {
         lock(found).inodes.extend(&mapped.inodes);
     }
     // Each says something even where the other one cannot be read.
-    let direct = direct(pid)?.unwrap_or_default();
-    let is_in_flight = !direct.is_empty()
-        && (mapped.as_ref().is_ok_and(|mapped| mapped.has_aio) || has_ring(pid)?);
+    let direct = direct(&of)?.unwrap_or_default();
+    let has_aio = mapped.as_ref().is_ok_and(|mapped| mapped.has_aio);
+    let is_in_flight = has_aio || (!direct.is_empty() && has_ring(&of)?);
     let mut found = lock(found);
+    found.is_any_file_written |= has_aio;
     found.inodes.extend(direct);
     if is_in_flight {
         found.in_flight = Some(pid);
     }
     mapped.map(drop)
+}
+
+/// A thread that has what all of them share. The first one may have ended before the others, and then it has nothing.
+fn live_thread(pid: Pid) -> Answer<Pid> {
+    for thread in process::threads(pid)?.unwrap_or_default() {
+        if !matches!(process::state(pid, thread)?, None | Some(b'Z' | b'X')) {
+            return Ok(Some(thread));
+        }
+    }
+    Ok(None)
 }
 
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -104,8 +124,8 @@ struct Mapped {
     has_aio: bool,
 }
 
-fn mapped(pid: Pid) -> Answer<Mapped> {
-    let path = format!("/proc/{pid}/maps");
+fn mapped(of: &str) -> Answer<Mapped> {
+    let path = format!("{of}/maps");
     let read = || {
         let mut maps = BufReader::with_capacity(BUFFER, File::open(&path)?);
         let (mut mapped, mut line) = (Mapped::default(), Vec::new());
@@ -139,8 +159,8 @@ impl Mapped {
 }
 
 /// Files that the process has open for writing past the cache.
-fn direct(pid: Pid) -> Answer<Vec<u64>> {
-    let directory = format!("/proc/{pid}/fdinfo");
+fn direct(of: &str) -> Answer<Vec<u64>> {
+    let directory = format!("{of}/fdinfo");
     let Some(descriptors) = process::numbers(&directory)? else {
         return Ok(None);
     };
@@ -154,7 +174,7 @@ fn direct(pid: Pid) -> Answer<Vec<u64>> {
         if !info.is_direct {
             continue;
         }
-        let path = format!("/proc/{pid}/fd/{descriptor}");
+        let path = format!("{of}/fd/{descriptor}");
         // Linux before 5.14 does not tell.
         let inode = match info.inode {
             Some(inode) => Some(inode),
@@ -189,8 +209,8 @@ impl Info {
 }
 
 /// Whether the process has a ring of io_uring_setup(2).
-fn has_ring(pid: Pid) -> Result<bool, process::Error> {
-    let directory = format!("/proc/{pid}/fd");
+fn has_ring(of: &str) -> Result<bool, process::Error> {
+    let directory = format!("{of}/fd");
     for descriptor in process::numbers(&directory)?.unwrap_or_default() {
         let path = format!("{directory}/{descriptor}");
         let target = unless_gone(fs::read_link(&path), &path)?;

@@ -24,7 +24,7 @@ use crate::{
         spool::Spool,
     },
     error::Error,
-    local_index::{Doubts, Judgement, Known, Racy, Unreadable, could_repeat, file_clock, unit},
+    local_index::{Doubts, Judgement, Known, Racy, Unreadable, could_repeat, unit},
     log,
     snapshot::{layers::Size, record::Layer},
     tree::{
@@ -41,6 +41,10 @@ use crate::{
 /// Paths that are named in the log of the program when they are left out. A tree that is hostile may have millions.
 const MOST_NAMED: usize = 100;
 
+/// A write gives its file a time when the kernel takes it. This long afterwards it has surely ended, in nanoseconds: disks that
+/// do not answer are given up sooner.
+const LATEST: i64 = 300 * 1_000_000_000;
+
 /// What changed.
 pub struct Changes {
     /// Paths that are new, changed or gone.
@@ -51,7 +55,7 @@ pub struct Changes {
     pub layers: Vec<Size>,
     /// The directory that was walked.
     pub root: Option<RootId>,
-    /// The file systems' clock when the walk began.
+    /// The file systems' clock when the look began.
     pub started: i64,
     /// Until then by that clock, what changes can get the time of something that was found.
     pub racy_until: Option<i64>,
@@ -184,12 +188,16 @@ pub struct Look<'a> {
     /// Layers of the snapshot that the index is of.
     pub layers: &'a [Layer],
     pub racy: Racy,
+    /// The file systems' clock before the look at what processes can change unseen.
+    pub started: i64,
     /// The file systems' clock when the walk of the index had ended, or later.
     pub ended: i64,
     /// Inodes that processes can change now without the kernel setting a time.
     pub unseen_now: &'a HashSet<u64>,
     /// Those, and what they could change at the look before.
     pub unseen: &'a HashSet<u64>,
+    /// The kernel may end writes late, to any file.
+    pub is_any_file_written: bool,
     /// Paths that keep what the index has, whatever is found there.
     pub held: &'a HashSet<Vec<u8>>,
 }
@@ -224,7 +232,7 @@ pub fn scan(
             bytes: 0,
             layers: sizes.collect(),
             root: None,
-            started: file_clock()?,
+            started: look.started,
             racy_until: None,
             unseen: HashSet::new(),
             took: Duration::ZERO,
@@ -310,7 +318,10 @@ impl Scan<'_> {
                 let until = stamp.ctime.saturating_add(unit(stamp.ctime));
                 self.changes.racy_until = self.changes.racy_until.max(Some(until));
             }
-            if found.entry.kind == Kind::File && self.look.unseen_now.contains(&stamp.ino) {
+            let is_late = self.look.is_any_file_written
+                && stamp.ctime.saturating_add(LATEST) > self.changes.started;
+            let is_unseen = is_late || self.look.unseen_now.contains(&stamp.ino);
+            if found.entry.kind == Kind::File && is_unseen {
                 self.changes.unseen.insert(stamp.ino);
             }
         }

@@ -43,7 +43,7 @@ use crate::{
         identity::with_identity,
         miss::Unread,
         scan::{self, Met, Verdict},
-        writers::{self, Unseen},
+        writers::{self, LONGEST_LOOK, Unseen},
     },
 };
 
@@ -53,9 +53,6 @@ const MOST_ROUNDS: u32 = 4;
 
 /// What is surely copied to a working file within a millisecond, in bytes: disks behind their cache are faster.
 const COPIED_IN_A_MILLISECOND: u64 = 200 << 10;
-
-/// Longest look at what processes map, while they run: it takes milliseconds, unless the kernel waits for a page.
-const LOOK_AT_PROCESSES: Duration = Duration::from_secs(1);
 
 /// Between two looks at the clock that waits for its next tick.
 const CLOCK_AGAIN: Duration = Duration::from_micros(200);
@@ -300,7 +297,9 @@ impl Source<'_> {
         let mut eyes = Eyes::new(self, config, state, racy)?;
         let user = config.gateway_user();
         let walk = with_identity(config.identity, "walk", move || {
-            eyes.look(&writers::unseen(user, LOOK_AT_PROCESSES))
+            // What is mapped and written to after the look at the processes has a later time.
+            let started = file_clock()?;
+            eyes.look(started, &writers::unseen(user, LONGEST_LOOK))
         });
         match walk.await? {
             Ok(changes) => {
@@ -348,9 +347,9 @@ impl Eyes {
     }
 
     /// Looks again where names that cannot be read need others to stay as they were.
-    fn look(&mut self, now: &Unseen) -> Result<Changes, Stop> {
+    fn look(&mut self, started: i64, now: &Unseen) -> Result<Changes, Stop> {
         loop {
-            let changes = self.once(now, None)?;
+            let changes = self.once(started, now, None)?;
             if changes.needed.is_subset(&self.held) {
                 return Ok(changes);
             }
@@ -360,7 +359,12 @@ impl Eyes {
         }
     }
 
-    fn once(&mut self, now: &Unseen, capture: Option<Capture>) -> Result<Changes, Stop> {
+    fn once(
+        &mut self,
+        started: i64,
+        now: &Unseen,
+        capture: Option<Capture>,
+    ) -> Result<Changes, Stop> {
         let known = match &self.index {
             Some(index) => Known::open(index, &self.snapshot, self.layers.len())?,
             None => Known::nothing(),
@@ -371,7 +375,9 @@ impl Eyes {
             excludes: &self.excludes,
             layers: &self.layers,
             racy: self.racy,
+            started,
             ended: self.ended,
+            is_any_file_written: now.is_any_file_written,
             unseen_now: &now.inodes,
             unseen: &self.unseen,
             held: &self.held,
@@ -385,7 +391,7 @@ impl Eyes {
                 in_flight: Some(pid),
                 ..
             } => Some(format!(
-                "process {pid} writes past the cache (O_DIRECT), and such writes end after it is held"
+                "process {pid} may be writing past the cache (O_DIRECT), and such writes end after it is held"
             )),
             // Without a user of its own, the gateway cannot be told from strangers, whom nobody may look at.
             Unseen {
@@ -504,8 +510,9 @@ fn while_held(
         }
         thread::sleep(CLOCK_AGAIN);
     }
+    let started = file_clock()?;
     let now = writers::unseen(user, until.saturating_duration_since(Instant::now()));
-    let changes = eyes.once(&now, Some(Capture { file, taken, until }))?;
+    let changes = eyes.once(started, &now, Some(Capture { file, taken, until }))?;
     if !changes.needed.is_subset(&changes.held) {
         return Err(Torn::Written);
     }

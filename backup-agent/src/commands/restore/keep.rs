@@ -12,6 +12,7 @@ use crate::{
         identity::with_identity,
         miss::Miss,
         scan::{self, Met, Verdict},
+        writers::{self, LONGEST_LOOK},
     },
 };
 
@@ -66,8 +67,14 @@ pub async fn is_there_already(
         return Ok(false);
     };
     let (root, excludes) = (config.root.clone(), config.excludes.clone());
-    let (ended, unseen) = (state.ended(), state.facts.unseen.clone());
+    let (ended, mut unseen) = (state.ended(), state.facts.unseen.clone());
+    let (user, is_apart) = (config.gateway_user(), config.identity.is_some());
     with_identity(config.identity, "walk", move || {
+        let now = writers::unseen(user, LONGEST_LOOK);
+        if is_apart && !now.is_complete {
+            return Ok(false);
+        }
+        unseen.extend(&now.inodes);
         is_tree_same(&root, &excludes, known, ended, &unseen, Racy::Read)
     })
     .await?
