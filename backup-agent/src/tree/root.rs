@@ -3,11 +3,12 @@
 use std::{os::fd::AsFd, path::Path};
 
 use rustix::{
-    fs::{AtFlags, CWD, Statx, StatxFlags, statx},
+    fs::{AtFlags, CWD, Statx, StatxFlags, fchown, fstatfs, statx},
     io::Errno,
 };
 use serde::{Deserialize, Serialize};
 
+use super::scan::open_root;
 use crate::error::Error;
 
 /// What tells a directory from another one that was made later under the same name. Inode numbers are used again at once,
@@ -44,6 +45,21 @@ impl RootId {
             inode: status.stx_ino,
             born: born.tv_sec.saturating_mul(1_000_000_000) + i64::from(born.tv_nsec),
         }
+    }
+}
+
+/// Makes the first change to a root, so that it stays the same directory from now on.
+///
+/// One of a lower layer of overlayfs, as in the image of a container, is born again when it is first written to.
+pub fn settle(root: &Path) {
+    const OVERLAYFS: u64 = 0x794c_7630;
+
+    let Ok(root) = open_root(root) else { return };
+    let is_overlay =
+        fstatfs(&root).is_ok_and(|status| u64::try_from(status.f_type) == Ok(OVERLAYFS));
+    if is_overlay {
+        // Where that is not allowed, nobody else writes to it.
+        let _ = fchown(&root, None, None);
     }
 }
 

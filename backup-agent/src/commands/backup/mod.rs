@@ -40,7 +40,10 @@ use crate::{
     },
     state::{Described, Part, State, Which},
     store::{Store, StoreError},
-    tree::{miss::Unread, root::RootId},
+    tree::{
+        miss::Unread,
+        root::{RootId, settle},
+    },
 };
 
 /// Takes a snapshot, if anything changed, within `bound`.
@@ -253,11 +256,15 @@ fn check_root(config: &Config, state: &State) -> Result<(), Error> {
     if state.facts.is_root_unfinished {
         return Err(Error::RootUnfinished { root });
     }
-    // Whether it is another directory, each look says.
-    if state.facts.root.is_some() && RootId::at(&root)?.is_none() {
-        return Err(Error::RootLost { root });
+    // Whether it stays the same directory, each look says.
+    match state.facts.root {
+        Some(known) if RootId::at(&root)? != Some(known) => Err(Error::RootLost { root }),
+        Some(_) => Ok(()),
+        None => {
+            settle(&root);
+            Ok(())
+        }
     }
-    Ok(())
 }
 
 /// What a backup that ran out of time left, else the last snapshot; with what changed since.
