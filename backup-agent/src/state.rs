@@ -178,6 +178,7 @@ impl State {
         self.facts.is_root_unfinished = false;
         self.facts.unseen = std::mem::take(&mut self.seen);
         self.facts.part = None;
+        self.facts.shrunken = None;
         self.facts.too_much = None;
         self.facts.ended = self.began.max(fine_clock()?);
         self.save()
