@@ -140,6 +140,8 @@ impl State {
         if facts.place != config.address() {
             facts = Facts {
                 place: config.address(),
+                // Of the tree on this disk, whatever store is in use.
+                is_root_unfinished: facts.is_root_unfinished,
                 ..Facts::default()
             };
         }

@@ -196,7 +196,13 @@ async fn plan(
     };
     // A head that is gone makes everything doubtful that is remembered of the store.
     if !is_confirmed || (seen.is_none() && state.facts.head.is_some()) {
+        let has_base = base.is_some();
         base = confirm(store, base).await?;
+        if has_base && base.is_none() {
+            // The next run has to ask, too, unless this one writes a whole snapshot.
+            state.facts.confirmed = None;
+            state.save()?;
+        }
         if let Some(known) = known.as_ref().filter(|_| place != Place::Lost)
             && is_unchanged(known, base.as_ref(), state, fork)
             && (fork || seen == state.facts.seen())
@@ -239,7 +245,11 @@ async fn plan(
     }
     let base = match base {
         Some(base) => base,
-        None => Base::nothing(config, state).await?,
+        None => Base {
+            // Whatever the store has lost, the tree must not shrink unnoticed.
+            totals: (state.facts.snapshot.as_ref()).map(|known| (known.files, known.bytes)),
+            ..Base::nothing(config, state).await?
+        },
     };
     Ok(Planned::Snapshot(Plan {
         writer,
