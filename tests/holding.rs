@@ -429,7 +429,12 @@ fn what_cannot_be_read_in_proc_is_not_taken_for_held() {
             let mut command = with_fault(&mut held, "10s", std::slice::from_ref(&path), &fault);
             let reason = held.refused(&mut command);
             let said = format!("cannot read {path}: ");
-            assert!(reason.contains(&said), "{errno}: {reason}");
+            // Nor can it be told then what the process maps.
+            let unknown = "it cannot be told which files processes of the gateway map";
+            assert!(
+                reason.contains(&said) || reason == unknown,
+                "{errno}: {reason}"
+            );
         }
     }
     held.hold();
@@ -463,8 +468,12 @@ fn a_reader_that_hangs_holds_nobody_longer_than_it_may() {
     let mut command = with_fault(&mut held, "300ms", &hangs, "pread64:delay_enter=1s");
     let outcome = Running::start(&mut command).wait().expect(0);
     let answer = outcome.json();
-    let pause = answer["pauseMs"].as_u64();
-    assert!(pause.is_none_or(|pause| pause <= 300), "{outcome:?}");
+    // A machine that is busy may let the tracer end late, and then it says so.
+    let is_late = answer["pauseMs"].as_u64().is_some_and(|pause| pause > 300);
+    assert!(
+        !is_late || answer["consistency"] == "per-file",
+        "{outcome:?}"
+    );
     // A later round need not read the file that hangs.
     let claims = answer["consistency"] == "instant";
     let torn = held.torn(&answer["snapshot"], "0");

@@ -18,6 +18,7 @@ use crate::{
     archive::spool::Spool,
     config::Config,
     error::Error,
+    local_index::fine_clock,
     log,
     snapshot::{
         head::{Head, Seen},
@@ -42,6 +43,8 @@ pub struct Facts {
     pub snapshot: Option<Described>,
     /// The directory that carries on from that.
     pub root: Option<RootId>,
+    /// The file systems' clock when the index of the snapshot had been made. It may have been set back since.
+    pub ended: i64,
     /// Another writer took the head; only a restore changes that.
     pub is_fenced: bool,
     /// The store was found to honour conditional writes.
@@ -109,6 +112,8 @@ pub struct State {
     pub facts: Facts,
     /// [`Facts::unseen`] of this run's looks.
     seen: HashSet<u64>,
+    /// The file systems' clock when this run began.
+    began: i64,
     _lock: File,
 }
 
@@ -135,6 +140,8 @@ impl State {
         if facts.place != config.address() {
             facts = Facts {
                 place: config.address(),
+                // Of the tree on this disk, whatever store is in use.
+                is_root_unfinished: facts.is_root_unfinished,
                 ..Facts::default()
             };
         }
@@ -143,6 +150,7 @@ impl State {
             root: config.root.clone(),
             facts,
             seen: HashSet::new(),
+            began: fine_clock()?,
             _lock: lock,
         })
     }
@@ -172,7 +180,9 @@ impl State {
         self.facts.is_root_unfinished = false;
         self.facts.unseen = std::mem::take(&mut self.seen);
         self.facts.part = None;
+        self.facts.shrunken = None;
         self.facts.too_much = None;
+        self.facts.ended = self.began.max(fine_clock()?);
         self.save()?;
         // One that stays is only room: it is about a snapshot that is no base any more.
         let _ = fs::remove_file(self.directory.join(INDEX_PART));
@@ -212,7 +222,13 @@ impl State {
         fs::rename(&from, self.directory.join(INDEX_PART)).map_err(Error::local("rename", from))?;
         self.facts.part = Some(part);
         self.facts.too_much = None;
+        self.facts.ended = self.began.max(fine_clock()?);
         self.save()
+    }
+
+    /// The latest time that files can have of the walks of the indexes, as far as that is known.
+    pub fn ended(&self) -> i64 {
+        self.facts.ended.max(self.began)
     }
 
     /// Whether the store was asked within the last hour whether it has what is remembered of it.

@@ -14,8 +14,13 @@ use crate::openclaw::repository;
 use crate::tree;
 use crate::wait::until;
 
-/// The first user of this kind; each test takes the next one, as they run side by side.
-static USER: AtomicU32 = AtomicU32::new(54_500);
+/// Users of this process of tests alone: another one that runs at the same time has others.
+static USERS: AtomicU32 = AtomicU32::new(0);
+
+/// A user that nobody else has.
+fn user() -> u32 {
+    100_000 + std::process::id() % 20_000 * 64 + USERS.fetch_add(1, Ordering::Relaxed)
+}
 
 /// A host whose root belongs to a user, and the processes of that user. They end with this.
 pub struct Held {
@@ -39,7 +44,7 @@ impl Held {
             eprintln!("skipped: it takes root to hold another user's processes");
             return None;
         }
-        let uid = USER.fetch_add(1, Ordering::Relaxed);
+        let uid = user();
         let host = Host::new(place).with("RUNTIME_GATEWAY_USER", uid.to_string());
         for folder in ["a", "m", "z"] {
             fs::create_dir(host.root.join(folder)).expect("the root is ours");

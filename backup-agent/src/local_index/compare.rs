@@ -28,6 +28,8 @@ pub enum Racy {
 pub struct Doubts<'a> {
     /// The file systems' clock when the walk of the index began.
     pub started: i64,
+    /// That clock when the walk had ended, or later. It may have been set back since.
+    pub ended: i64,
     /// Inodes of the files that processes can change without the kernel setting a time.
     pub unseen: &'a HashSet<u64>,
     pub racy: Racy,
@@ -61,7 +63,9 @@ impl Doubts<'_> {
         if !scan::is_same(&found.entry, known) {
             return Ok(Judgement::Changed);
         }
-        if !self.unseen.contains(&stamp.ino) && !could_repeat(stamp.ctime, self.started)? {
+        if !self.unseen.contains(&stamp.ino)
+            && !could_repeat(stamp.ctime, self.started, self.ended)?
+        {
             return Ok(Judgement::Same);
         }
         Ok(match self.racy {
@@ -77,20 +81,23 @@ impl Doubts<'_> {
 
 /// Whether a change between `since` and now, both by the file systems' clock, can have given a file this time once more.
 ///
-/// A time that is still to come, where a clock was behind for a while, cannot be that of such a change.
-pub fn could_repeat(ctime: i64, since: i64) -> Result<bool, Error> {
-    Ok(ctime.saturating_add(unit(ctime)) > since && ctime <= fine_clock()?)
+/// A time that is later than now and than `ended`, where a clock was behind for a while, cannot be that of such a change.
+pub fn could_repeat(ctime: i64, since: i64, ended: i64) -> Result<bool, Error> {
+    Ok(ctime.saturating_add(unit(ctime)) > since && ctime <= ended.max(fine_clock()?))
 }
 
 /// Nanoseconds for which a file system that gave this time gives the same one: of some, times are whole seconds (ext4 with
-/// inodes of 128 bytes), two (FAT), or milliseconds. Below a tick of the clock, ticks decide.
+/// inodes of 128 bytes), two (FAT), or any part of one, down to 100 ns (NTFS). A cut time is earlier than the clock was.
 pub fn unit(time: i64) -> i64 {
     const SECOND: i64 = 1_000_000_000;
     if time % SECOND == 0 {
         return 2 * SECOND;
     }
-    let units = [SECOND / 10, SECOND / 100, SECOND / 1000];
-    units.into_iter().find(|unit| time % unit == 0).unwrap_or(1)
+    let mut unit = SECOND / 10;
+    while time % unit != 0 {
+        unit /= 10;
+    }
+    unit
 }
 
 /// Whether what was found has the content and attributes that the index has.
@@ -137,11 +144,13 @@ pub fn is_tree_same(
     root: &Path,
     excludes: &Excludes,
     mut known: Known,
+    ended: i64,
     unseen: &HashSet<u64>,
     racy: Racy,
 ) -> Result<bool, Error> {
     let doubts = Doubts {
         started: known.started,
+        ended,
         unseen,
         racy,
     };
@@ -191,6 +200,8 @@ mod tests {
             (1_700_000_000 * SECOND + 500_000_000, SECOND / 10),
             (1_700_000_000 * SECOND + 10_000_000, SECOND / 100),
             (1_700_000_000 * SECOND + 3_000_000, SECOND / 1000),
+            (1_700_000_000 * SECOND + 123_456_000, 1000),
+            (1_700_000_000 * SECOND + 123_456_700, 100),
             (1_700_000_000 * SECOND + 123_456_789, 1),
         ] {
             assert_eq!(unit(time), want, "{time}");
@@ -205,11 +216,25 @@ mod tests {
             (since - 1, false),
             (since, true),
             (since + 1, true),
+            // Of the same moment, cut to microseconds, and of the one before.
+            (since - 789, true),
+            (since - 1789, false),
             (1_700_000_000 * SECOND, true),
             (1_699_999_998 * SECOND, false),
             (i64::MAX, false),
         ] {
-            assert_eq!(could_repeat(time, since)?, want, "{time}");
+            assert_eq!(could_repeat(time, since, since)?, want, "{time}");
+        }
+        // The clock was set back by the time of a century.
+        let century = 100 * 365 * 24 * 3600 * SECOND;
+        let (since, ended) = (since + century, since + century + SECOND);
+        for (time, want) in [
+            (since - 1, false),
+            (since, true),
+            (ended, true),
+            (ended + 1, false),
+        ] {
+            assert_eq!(could_repeat(time, since, ended)?, want, "{time}");
         }
         Ok(())
     }

@@ -42,7 +42,7 @@ pub fn file_clock() -> Result<i64, Error> {
 }
 
 /// The latest time that file systems have given until now: some give finer ones than ticks.
-fn fine_clock() -> Result<i64, Error> {
+pub fn fine_clock() -> Result<i64, Error> {
     clock(ClockId::CLOCK_REALTIME)
 }
 

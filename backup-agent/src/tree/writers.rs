@@ -22,6 +22,9 @@ use super::{
 };
 use crate::capabilities;
 
+/// Longest look at what processes map, while they run: it takes milliseconds, unless the kernel waits for a page.
+pub const LONGEST_LOOK: Duration = Duration::from_secs(1);
+
 /// A read of `maps` takes as much of it at once.
 const BUFFER: usize = 64 << 10;
 
@@ -33,6 +36,8 @@ pub struct Unseen {
     pub inodes: HashSet<u64>,
     /// A process that may have a write under way in the kernel, which no stop of it stops.
     pub in_flight: Option<Pid>,
+    /// Such a write may be to a file that no descriptor leads to any more: io_submit(2) keeps what it writes to open.
+    pub is_any_file_written: bool,
     /// Whether all of it could be read, and in time.
     pub is_complete: bool,
 }
@@ -109,20 +114,35 @@ fn look(user: Uid, end: Instant, found: &Mutex<Unseen>) -> bool {
 }
 
 fn look_at(pid: Pid, found: &Mutex<Unseen>) -> Result<(), process::Error> {
-    let mapped = mapped(pid).map(Option::unwrap_or_default);
+    let Some(thread) = live_thread(pid)? else {
+        return Ok(());
+    };
+    let of = format!("/proc/{pid}/task/{thread}");
+    let mapped = mapped(&of).map(Option::unwrap_or_default);
     if let Ok(mapped) = &mapped {
         lock(found).inodes.extend(&mapped.inodes);
     }
     // Each says something even where the other one cannot be read.
-    let direct = direct(pid)?.unwrap_or_default();
-    let is_in_flight = !direct.is_empty()
-        && (mapped.as_ref().is_ok_and(|mapped| mapped.has_aio) || has_ring(pid)?);
+    let direct = direct(&of)?.unwrap_or_default();
+    let has_aio = mapped.as_ref().is_ok_and(|mapped| mapped.has_aio);
+    let is_in_flight = has_aio || (!direct.is_empty() && has_ring(&of)?);
     let mut found = lock(found);
+    found.is_any_file_written |= has_aio;
     found.inodes.extend(direct);
     if is_in_flight {
         found.in_flight = Some(pid);
     }
     mapped.map(drop)
+}
+
+/// A thread that has what all of them share. The first one may have ended before the others, and then it has nothing.
+fn live_thread(pid: Pid) -> Answer<Pid> {
+    for thread in process::threads(pid)?.unwrap_or_default() {
+        if !matches!(process::state(pid, thread)?, None | Some(b'Z' | b'X')) {
+            return Ok(Some(thread));
+        }
+    }
+    Ok(None)
 }
 
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -132,8 +152,8 @@ struct Mapped {
     has_aio: bool,
 }
 
-fn mapped(pid: Pid) -> Answer<Mapped> {
-    let path = format!("/proc/{pid}/maps");
+fn mapped(of: &str) -> Answer<Mapped> {
+    let path = format!("{of}/maps");
     let read = || {
         let mut maps = BufReader::with_capacity(BUFFER, File::open(&path)?);
         let (mut mapped, mut line) = (Mapped::default(), Vec::new());
@@ -167,8 +187,8 @@ impl Mapped {
 }
 
 /// Files that the process has open for writing past the cache.
-fn direct(pid: Pid) -> Answer<Vec<u64>> {
-    let directory = format!("/proc/{pid}/fdinfo");
+fn direct(of: &str) -> Answer<Vec<u64>> {
+    let directory = format!("{of}/fdinfo");
     let Some(descriptors) = process::numbers(&directory)? else {
         return Ok(None);
     };
@@ -182,7 +202,7 @@ fn direct(pid: Pid) -> Answer<Vec<u64>> {
         if !info.is_direct {
             continue;
         }
-        let path = format!("/proc/{pid}/fd/{descriptor}");
+        let path = format!("{of}/fd/{descriptor}");
         // Linux before 5.14 does not tell.
         let inode = match info.inode {
             Some(inode) => Some(inode),
@@ -217,8 +237,8 @@ impl Info {
 }
 
 /// Whether the process has a ring of `io_uring_setup(2)`.
-fn has_ring(pid: Pid) -> Result<bool, process::Error> {
-    let directory = format!("/proc/{pid}/fd");
+fn has_ring(of: &str) -> Result<bool, process::Error> {
+    let directory = format!("{of}/fd");
     for descriptor in process::numbers(&directory)?.unwrap_or_default() {
         let path = format!("{directory}/{descriptor}");
         let target = unless_gone(fs::read_link(&path), &path)?;
@@ -311,7 +331,7 @@ sys.stdin.read()
             .read_line(&mut up)
             .expect("it speaks");
         assert_eq!(up, "up\n");
-        let unseen = unseen(user, None, Duration::from_mins(1));
+        let unseen = watch(user, None, Duration::from_mins(1)).finish();
         for name in ["mapped", "direct"] {
             let file = fs::metadata(format!("{folder}/{name}")).expect("it was made");
             assert!(unseen.inodes.contains(&file.ino()), "{name}: {unseen:?}");

@@ -24,7 +24,7 @@ use crate::{
         spool::Spool,
     },
     error::Error,
-    local_index::{Doubts, Judgement, Known, Racy, Unreadable, could_repeat, file_clock, unit},
+    local_index::{Doubts, Judgement, Known, Racy, Unreadable, could_repeat, unit},
     log,
     snapshot::{layers::Size, record::Layer},
     tree::{
@@ -41,6 +41,10 @@ use crate::{
 /// Paths that are named in the log of the program when they are left out. A tree that is hostile may have millions.
 const MOST_NAMED: usize = 100;
 
+/// A write gives its file a time when the kernel takes it. This long afterwards it has surely ended, in nanoseconds: disks that
+/// do not answer are given up sooner.
+const LATEST: i64 = 300 * 1_000_000_000;
+
 /// What changed.
 pub struct Changes {
     /// Paths that are new, changed or gone.
@@ -51,12 +55,14 @@ pub struct Changes {
     pub layers: Vec<Size>,
     /// The directory that was walked.
     pub root: Option<RootId>,
-    /// The file systems' clock when the walk began.
+    /// The file systems' clock when the look began.
     pub started: i64,
     /// Until then by that clock, what changes can get the time of something that was found.
     pub racy_until: Option<i64>,
     /// Inodes of all files that were met.
     pub inodes: Vec<u64>,
+    /// Those whose times are so late that a write may not have ended since.
+    pub recent: Vec<u64>,
     /// Those that processes can change without the kernel setting a time.
     pub unseen: HashSet<u64>,
     /// How long the walk took.
@@ -186,6 +192,10 @@ pub struct Look<'a> {
     /// Layers of the snapshot that the index is of.
     pub layers: &'a [Layer],
     pub racy: Racy,
+    /// The file systems' clock before the look at what processes can change unseen.
+    pub started: i64,
+    /// The file systems' clock when the walk of the index had ended, or later.
+    pub ended: i64,
     /// Inodes of files that may have changed without the kernel setting a time.
     pub unseen: &'a HashSet<u64>,
     /// Paths that keep what the index has, whatever is found there.
@@ -209,6 +219,7 @@ pub fn scan(
         look,
         doubts: Doubts {
             started: known.started,
+            ended: look.ended,
             unseen: look.unseen,
             racy: look.racy,
         },
@@ -221,9 +232,10 @@ pub fn scan(
             bytes: 0,
             layers: sizes.collect(),
             root: None,
-            started: file_clock()?,
+            started: look.started,
             racy_until: None,
             inodes: Vec::new(),
+            recent: Vec::new(),
             unseen: HashSet::new(),
             took: Duration::ZERO,
             skipped: Skipped::default(),
@@ -304,12 +316,15 @@ impl Scan<'_> {
             self.changes.root = Some(RootId::of(found.parent)?);
         }
         if let Some(stamp) = found.entry.stamp {
-            if could_repeat(stamp.ctime, self.changes.started)? {
+            if could_repeat(stamp.ctime, self.changes.started, self.changes.started)? {
                 let until = stamp.ctime.saturating_add(unit(stamp.ctime));
                 self.changes.racy_until = self.changes.racy_until.max(Some(until));
             }
             if found.entry.kind == Kind::File {
                 self.changes.inodes.push(stamp.ino);
+                if stamp.ctime.saturating_add(LATEST) > self.changes.started {
+                    self.changes.recent.push(stamp.ino);
+                }
             }
         }
         let path = &found.entry.path;

@@ -40,7 +40,10 @@ use crate::{
     },
     state::{Described, Part, State, Which},
     store::{Store, StoreError},
-    tree::{miss::Unread, root::RootId},
+    tree::{
+        miss::Unread,
+        root::{RootId, settle},
+    },
 };
 
 /// Takes a snapshot, if anything changed, within `bound`.
@@ -193,7 +196,13 @@ async fn plan(
     };
     // A head that is gone makes everything doubtful that is remembered of the store.
     if !is_confirmed || (seen.is_none() && state.facts.head.is_some()) {
+        let has_base = base.is_some();
         base = confirm(store, base).await?;
+        if has_base && base.is_none() {
+            // The next run has to ask, too, unless this one writes a whole snapshot.
+            state.facts.confirmed = None;
+            state.save()?;
+        }
         if let Some(known) = known.as_ref().filter(|_| place != Place::Lost)
             && is_unchanged(known, base.as_ref(), state, fork)
             && (fork || seen == state.facts.seen())
@@ -236,7 +245,11 @@ async fn plan(
     }
     let base = match base {
         Some(base) => base,
-        None => Base::nothing(config, state).await?,
+        None => Base {
+            // Whatever the store has lost, the tree must not shrink unnoticed.
+            totals: (state.facts.snapshot.as_ref()).map(|known| (known.files, known.bytes)),
+            ..Base::nothing(config, state).await?
+        },
     };
     Ok(Planned::Snapshot(Plan {
         writer,
@@ -253,11 +266,15 @@ fn check_root(config: &Config, state: &State) -> Result<(), Error> {
     if state.facts.is_root_unfinished {
         return Err(Error::RootUnfinished { root });
     }
-    // Whether it is another directory, each look says.
-    if state.facts.root.is_some() && RootId::at(&root)?.is_none() {
-        return Err(Error::RootLost { root });
+    // Whether it stays the same directory, each look says.
+    match state.facts.root {
+        Some(known) if RootId::at(&root)? != Some(known) => Err(Error::RootLost { root }),
+        Some(_) => Ok(()),
+        None => {
+            settle(&root);
+            Ok(())
+        }
     }
-    Ok(())
 }
 
 /// What a backup that ran out of time left, else the last snapshot; with what changed since.

@@ -41,7 +41,7 @@ use crate::{
         identity::with_identity,
         miss::Unread,
         scan::{self, Met, Verdict},
-        writers::{self, Unseen, Watch},
+        writers::{self, LONGEST_LOOK, Unseen, Watch},
     },
 };
 
@@ -51,9 +51,6 @@ const MOST_ROUNDS: u32 = 4;
 
 /// What is surely copied to a working file within a millisecond, in bytes: disks behind their cache are faster.
 const COPIED_IN_A_MILLISECOND: u64 = 200 << 10;
-
-/// Longest look at what processes map, while they run: it takes milliseconds, unless the kernel waits for a page.
-const LOOK_AT_PROCESSES: Duration = Duration::from_secs(1);
 
 /// Between two looks at the clock that waits for its next tick.
 const CLOCK_AGAIN: Duration = Duration::from_micros(200);
@@ -300,8 +297,10 @@ impl Source<'_> {
         // Refused here and not on the thread: an index that is no good is as good as none.
         self.open()?;
         let mut eyes = Eyes::new(self, config, state, racy)?;
-        let watch = writers::watch(config.gateway_user(), config.identity, LOOK_AT_PROCESSES);
-        let walk = with_identity(config.identity, "walk", move || eyes.look(watch));
+        // What is mapped and written to after the look at the processes has a later time.
+        let started = file_clock()?;
+        let watch = writers::watch(config.gateway_user(), config.identity, LONGEST_LOOK);
+        let walk = with_identity(config.identity, "walk", move || eyes.look(started, watch));
         match walk.await? {
             Ok(changes) => {
                 state.saw(&changes.unseen, changes.root)?;
@@ -321,6 +320,7 @@ struct Eyes {
     snapshot: String,
     layers: Vec<Layer>,
     racy: Racy,
+    ended: i64,
     /// Inodes that processes could change at the look before without the kernel setting a time.
     unseen: HashSet<u64>,
     held: HashSet<Vec<u8>>,
@@ -338,6 +338,7 @@ impl Eyes {
             snapshot: source.snapshot.to_owned(),
             layers: source.layers.to_vec(),
             racy,
+            ended: state.ended(),
             unseen: state.facts.unseen.clone(),
             held: HashSet::new(),
             is_apart: config.freezer.is_some() || config.identity.is_some(),
@@ -347,8 +348,8 @@ impl Eyes {
 
     /// Looks until nothing is left that has to be looked at in another way: files that processes can change unseen, and files
     /// that names which cannot be read are links of.
-    fn look(&mut self, watch: Watch) -> Result<Changes, Stop> {
-        let mut changes = self.once(None)?;
+    fn look(&mut self, started: i64, watch: Watch) -> Result<Changes, Stop> {
+        let mut changes = self.once(started, None)?;
         // It was under way at the same time as the walk.
         let now = watch.finish();
         loop {
@@ -360,11 +361,11 @@ impl Eyes {
             self.held.extend(changes.needed);
             let emptied = self.log.set_len(0).and_then(|()| self.log.rewind());
             emptied.map_err(Error::local("write", WORKING_FILE))?;
-            changes = self.once(None)?;
+            changes = self.once(started, None)?;
         }
     }
 
-    fn once(&self, capture: Option<Capture>) -> Result<Changes, Stop> {
+    fn once(&self, started: i64, capture: Option<Capture>) -> Result<Changes, Stop> {
         let known = match &self.index {
             Some(index) => Known::open(index, &self.snapshot, self.layers.len())?,
             None => Known::nothing(),
@@ -374,6 +375,8 @@ impl Eyes {
             excludes: &self.excludes,
             layers: &self.layers,
             racy: self.racy,
+            started,
+            ended: self.ended,
             unseen: &self.unseen,
             held: &self.held,
         };
@@ -385,17 +388,19 @@ impl Eyes {
     /// Says of changes what processes can change without the kernel setting a time, and what nobody can know of that.
     fn note(&self, changes: &mut Changes, now: &Unseen) {
         let unseen = |inode: &u64| now.inodes.contains(inode);
-        changes.unseen = std::mem::take(&mut changes.inodes)
-            .into_iter()
-            .filter(unseen)
-            .collect();
+        let inodes = std::mem::take(&mut changes.inodes);
+        changes.unseen = inodes.into_iter().filter(unseen).collect();
+        let recent = std::mem::take(&mut changes.recent);
+        if now.is_any_file_written {
+            changes.unseen.extend(recent);
+        }
         changes.held.clone_from(&self.held);
         changes.doubt = match now {
             Unseen {
                 in_flight: Some(pid),
                 ..
             } => Some(format!(
-                "process {pid} writes past the cache (O_DIRECT), and such writes end after it is held"
+                "process {pid} may be writing past the cache (O_DIRECT), and such writes end after it is held"
             )),
             // Without a user of its own, the gateway cannot be told from strangers, whom nobody may look at.
             Unseen {
@@ -520,8 +525,9 @@ fn while_held(eyes: &mut Eyes, now: &Unseen, capture: Capture) -> Result<Changes
         }
         thread::sleep(CLOCK_AGAIN);
     }
+    let started = file_clock()?;
     eyes.unseen.extend(&now.inodes);
-    let mut changes = eyes.once(Some(capture))?;
+    let mut changes = eyes.once(started, Some(capture))?;
     if !changes.needed.is_subset(&eyes.held) {
         return Err(Torn::Written);
     }
@@ -535,7 +541,9 @@ fn while_held(eyes: &mut Eyes, now: &Unseen, capture: Capture) -> Result<Changes
             Met::Missed(..) => None,
         };
         match stamp {
-            Some(stamp) if could_repeat(stamp.ctime, changes.started)? => Err(Torn::Written),
+            Some(stamp) if could_repeat(stamp.ctime, changes.started, changes.started)? => {
+                Err(Torn::Written)
+            }
             _ => Ok(Verdict::Taken),
         }
     };

@@ -12,13 +12,15 @@ use crate::{
         identity::with_identity,
         miss::Miss,
         scan::{self, Met, Verdict},
+        writers::{self, LONGEST_LOOK},
     },
 };
 
 /// Whether the tree on the disk goes on from the newest snapshot, with nobody else's in between: then it is the same or
 /// newer, and replacing it would lose what was written since (a restart after a crash, with the disk still there).
 ///
-/// A tree that lost more than half of its files while nobody was looking is taken for damage, not for news.
+/// A tree that lost more than half of its files, or nine tenths of its bytes, while nobody was looking is taken for damage, not
+/// for news.
 pub async fn is_continued(
     config: &Config,
     state: &State,
@@ -33,21 +35,25 @@ pub async fn is_continued(
         return Ok(false);
     }
     let (root, excludes) = (config.root.clone(), config.excludes.clone());
-    let (files, is_unread) = with_identity(config.identity, "walk", move || {
-        let (mut files, mut is_unread) = (0, false);
+    let (files, bytes, is_unread) = with_identity(config.identity, "walk", move || {
+        let (mut files, mut bytes, mut is_unread) = (0_u64, 0_u64, false);
         let visit = |met: Met<'_>| {
             match met {
-                Met::Entry(found) => files += u64::from(found.entry.kind == Kind::File),
+                Met::Entry(found) => {
+                    files += u64::from(found.entry.kind == Kind::File);
+                    bytes = bytes.saturating_add(found.entry.size);
+                }
                 Met::Missed(_, miss) => is_unread |= matches!(miss, Miss::Unread(_)),
             }
             Ok::<_, Error>(Verdict::Taken)
         };
-        scan::walk(&root, &excludes, visit).map(|()| (files, is_unread))
+        scan::walk(&root, &excludes, visit).map(|()| (files, bytes, is_unread))
     })
     .await??;
-    let known = state.facts.snapshot.as_ref().map_or(0, |known| known.files);
+    let known = state.facts.snapshot.as_ref();
+    let (known_files, known_bytes) = known.map_or((0, 0), |known| (known.files, known.bytes));
     // What cannot be read is not lost: it must not count against the tree.
-    Ok(is_unread || files * 2 >= known)
+    Ok(is_unread || (files * 2 >= known_files && bytes.saturating_mul(10) >= known_bytes))
 }
 
 /// Whether the tree is exactly this snapshot's: its index is there, and a walk finds nothing else.
@@ -66,9 +72,16 @@ pub async fn is_there_already(
         return Ok(false);
     };
     let (root, excludes) = (config.root.clone(), config.excludes.clone());
-    let unseen = state.facts.unseen.clone();
+    let (ended, mut unseen) = (state.ended(), state.facts.unseen.clone());
+    let watch = writers::watch(config.gateway_user(), config.identity, LONGEST_LOOK);
+    let is_apart = config.identity.is_some();
     with_identity(config.identity, "walk", move || {
-        is_tree_same(&root, &excludes, known, &unseen, Racy::Read)
+        let now = watch.finish();
+        if is_apart && !now.is_complete {
+            return Ok(false);
+        }
+        unseen.extend(&now.inodes);
+        is_tree_same(&root, &excludes, known, ended, &unseen, Racy::Read)
     })
     .await?
 }

@@ -35,7 +35,13 @@ use crate::{
     },
     state::{Described, State},
     store::Store,
-    tree::{exclude::Selection, old::Old, root::RootId, scan::open_root, swap::Staging},
+    tree::{
+        exclude::Selection,
+        old::Old,
+        root::{RootId, settle},
+        scan::open_root,
+        swap::Staging,
+    },
 };
 
 /// How often a runtime starts over because the old writer's last snapshot came in between. Each round needs another new
@@ -181,6 +187,7 @@ async fn to_root(
                 };
                 state.facts.writer = Some(writer.to_owned());
                 state.facts.hold(seen);
+                settle(&config.root);
                 state.remember_tree(RootId::at(&config.root)?, None)?;
             }
             return Err(error);
@@ -239,6 +246,7 @@ async fn carry_on(
     };
     state.facts.writer = Some(writer.to_owned());
     state.facts.hold(seen);
+    state.facts.shrunken = None;
     state.save()?;
     let Some((snapshot, _)) = snapshot else {
         return Err(no_snapshot(config));

@@ -26,8 +26,8 @@ use crate::capabilities;
 /// Between two looks at threads that are not held yet: most are within some ten microseconds.
 const LOOK_AGAIN: Duration = Duration::from_micros(100);
 
-/// The kernel needs a moment to let everybody go on, and that is part of the pause.
-const LONGEST_MARGIN: Duration = Duration::from_millis(5);
+/// The kernel needs a moment to let everybody go on, and a busy machine to let the tracer run; that is part of the pause.
+const LONGEST_MARGIN: Duration = Duration::from_millis(25);
 
 /// Whom to hold, and for how long at most.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -125,7 +125,7 @@ pub struct Frozen {
 impl Frozen {
     /// When they go on, whatever is done by then.
     pub fn until(&self) -> Instant {
-        let margin = (self.limit / 20).min(LONGEST_MARGIN);
+        let margin = (self.limit / 10).min(LONGEST_MARGIN);
         self.begun.unwrap_or_else(Instant::now) + self.limit.saturating_sub(margin)
     }
 
