@@ -7,7 +7,10 @@ mod changes;
 mod layer;
 mod rounds;
 
-use std::time::{Duration, Instant};
+use std::{
+    collections::HashSet,
+    time::{Duration, Instant},
+};
 
 use futures_util::{StreamExt, TryStreamExt, stream};
 use jiff::Timestamp;
@@ -36,7 +39,7 @@ use crate::{
         history::AT_ONCE,
         id,
         record::{self, FORMAT, Layer, Record, Totals},
-        sealed,
+        retention, sealed,
     },
     state::{Described, Part, State, Which},
     store::{Store, StoreError},
@@ -93,7 +96,7 @@ pub async fn run(
     };
     let beside = built_on.as_deref().filter(|_| plan.place != Place::Head);
     publish(store, &record, beside).await?;
-    if goes_on {
+    if goes_on || begun.elapsed() >= LONG {
         check_layers(store, &mut state, &record).await?;
     }
     let described = Described {
@@ -265,12 +268,14 @@ async fn resume(config: &Config, state: &mut State) -> Result<Option<Base>, Erro
     let known = state.facts.snapshot.clone();
     let totals = known.as_ref().map(|known| (known.files, known.bytes));
     let last = known.as_ref().map(|known| known.id.clone());
-    if let Some(part) = state
-        .facts
-        .part
-        .clone()
-        .filter(|part| part.built_on == last)
-    {
+    let is_usable = |part: &Part| {
+        let named = known.iter().flat_map(|known| &known.layers);
+        let named: HashSet<&str> = named.map(|layer| layer.id.as_str()).collect();
+        let own = part.layers.iter().map(|layer| layer.id.as_str());
+        let own = own.filter(|id| !named.contains(id));
+        part.built_on == last && retention::may_be_named(own, Timestamp::now())
+    };
+    if let Some(part) = state.facts.part.clone().filter(is_usable) {
         let base = compare(config, state, Which::Part, &part.name, &part.layers).await?;
         if let Some(base) = base {
             return Ok(Some(Base {
@@ -332,8 +337,12 @@ async fn missing_layer(store: &dyn Store, layers: &[Layer]) -> Result<Option<Str
     Ok(missing.into_iter().flatten().next())
 }
 
-/// Looks once more whether the layers of earlier runs are there, now that a record names them: a prune elsewhere could have
-/// taken them for leftovers until then.
+/// A run that takes longer looks whether its layers are still there: a prune elsewhere that is of an earlier version, or whose
+/// clock is ahead, could have taken them for leftovers. In one that is shorter, a look costs more than it tells.
+const LONG: Duration = Duration::from_mins(10);
+
+/// Looks once more whether the layers are there, now that a record names them: a prune elsewhere could have taken those of
+/// earlier runs, and those of a long one, for leftovers until then.
 async fn check_layers(store: &dyn Store, state: &mut State, record: &Record) -> Result<(), Error> {
     let Some(missing) = missing_layer(store, &record.layers).await? else {
         return Ok(());
