@@ -350,6 +350,10 @@ impl Facts {
         self.head = Some(seen.head);
         self.etag = Some(seen.etag);
         self.is_fenced = false;
+    }
+
+    /// Remembers that the store has just now been found to have all that it should.
+    pub fn confirm(&mut self) {
         self.confirmed = Some(Timestamp::now().as_second());
     }
 }

@@ -123,7 +123,12 @@ pub async fn run(
         Place::Head => {
             let next = claimed(Some((&snapshot, record.sequence)), &plan.writer);
             match head::swap(store, plan.seen.as_ref(), &next).await? {
-                Swap::Moved(etag) => state.facts.hold(Seen { head: next, etag }),
+                Swap::Moved(etag) => {
+                    state.facts.hold(Seen { head: next, etag });
+                    if plan.is_confirmed {
+                        state.facts.confirm();
+                    }
+                }
                 Swap::Lost(now) => {
                     return Err(lose(&mut state, &plan.writer, now.as_ref(), &snapshot));
                 }
@@ -156,6 +161,8 @@ struct Plan {
     parent: Option<(String, u64)>,
     place: Place,
     base: Base,
+    /// The store was found to have all that the base is made of, if it is made of anything.
+    is_confirmed: bool,
 }
 
 enum Planned {
@@ -194,15 +201,20 @@ async fn plan(
         true => Place::Head,
         false => Place::Lost,
     };
-    // A head that is gone makes everything doubtful that is remembered of the store.
-    if !is_confirmed || (seen.is_none() && state.facts.head.is_some()) {
-        base = confirm(store, base).await?;
+    // A head that is gone makes everything doubtful that is remembered of the store, and nothing but this run needs the
+    // layers of one that ran out of time.
+    let is_lost = seen.is_none() && state.facts.head.is_some();
+    let is_part = base.as_ref().is_some_and(|base| base.is_part);
+    let is_asked = !is_confirmed || is_lost || is_part;
+    if is_asked {
+        base = confirm(store, state, base).await?;
         if let Some(known) = known.as_ref().filter(|_| place != Place::Lost)
             && is_unchanged(known, base.as_ref(), state, fork)
             && (fork || seen == state.facts.seen())
         {
-            state.facts.confirmed = Some(Timestamp::now().as_second());
             state.settle()?;
+            state.facts.confirm();
+            state.save()?;
             return Ok(Planned::Unchanged(known.clone()));
         }
     }
@@ -226,6 +238,7 @@ async fn plan(
             // The index was lost, and nothing else.
             let described = describe(&record::read(store, id).await?);
             state.facts.hold(seen.clone());
+            state.facts.confirm();
             state.remember_tree(base.changes.root, Some(described.clone()))?;
             return Ok(Planned::Unchanged(described));
         }
@@ -237,11 +250,13 @@ async fn plan(
     {
         base = None;
     }
+    let is_confirmed = is_asked || base.is_none();
     let base = match base {
         Some(base) => base,
         None => Base::nothing(config, state).await?,
     };
     Ok(Planned::Snapshot(Plan {
+        is_confirmed,
         writer,
         seen,
         parent,
@@ -305,7 +320,11 @@ fn is_unchanged(known: &Described, base: Option<&Base>, state: &State, fork: boo
 }
 
 /// Gives a base back if the store still has all that it is built on: a snapshot on top of it could not be restored else.
-async fn confirm(store: &dyn Store, base: Option<Base>) -> Result<Option<Base>, Error> {
+async fn confirm(
+    store: &dyn Store,
+    state: &mut State,
+    base: Option<Base>,
+) -> Result<Option<Base>, Error> {
     let Some(base) = base else { return Ok(None) };
     let missing = match &base.built_on {
         Some(id) if !is_there(store, id).await? => Some(record::key(id)),
@@ -318,6 +337,9 @@ async fn confirm(store: &dyn Store, base: Option<Base>) -> Result<Option<Base>, 
         "the store has lost a part of the last snapshot; a whole new one is taken",
         &[("missing", missing.into())],
     );
+    // Until that is there, each run has to find it out.
+    state.facts.confirmed = None;
+    state.save()?;
     Ok(None)
 }
 
