@@ -15,6 +15,7 @@ use std::{
 use futures_util::{StreamExt, TryStreamExt, stream};
 use jiff::Timestamp;
 use serde_json::json;
+use tokio::time::timeout_at;
 
 use self::{
     changes::Changes,
@@ -63,9 +64,14 @@ pub async fn run(
     let (before, root) = (plan.base.totals, plan.base.changes.root);
     let built_on = plan.base.built_on.clone();
     let goes_on = plan.base.is_part;
-    // The last tenth is for the record and the head.
-    let until = begun + bound.mul_f32(0.9);
-    let taken = take(config, store, &mut state, &snapshot, plan.base, until).await?;
+    // The last tenth is for the record and the head; more, where that was not enough for the tries before.
+    let until = begun + bound.mul_f32(0.9) / (1 << state.facts.late_tries.min(MOST_HALVED));
+    let last = (begun + bound.mul_f32(0.98)).into();
+    let taken = take(config, store, &mut state, &snapshot, plan.base, until);
+    let Ok(taken) = timeout_at(last, taken).await else {
+        return Err(late(&mut state, bound, options));
+    };
+    let taken = taken?;
     if taken.is_part {
         let part = Part {
             name: snapshot,
@@ -393,6 +399,22 @@ fn leave(state: &mut State, part: Part, bytes: u64, bound: Duration, options: &B
             "{} have arrived on the store, and the next backup goes on from there; {longer}",
             human_bytes(bytes)
         ),
+    }
+}
+
+/// How often the time for uploading is halved: what is left of it is for the smallest part of a large backup.
+const MOST_HALVED: u32 = 4;
+
+/// Remembers that nothing of a backup could be kept in time, so that the next one ends its upload earlier.
+fn late(state: &mut State, bound: Duration, options: &Backup) -> Error {
+    state.facts.late_tries += 1;
+    if let Err(error) = state.save() {
+        return error;
+    }
+    let longer = longer(&Verb::Backup(options.clone()));
+    Error::Timeout {
+        after: bound,
+        left: format!("the store holds what it held before; {longer}"),
     }
 }
 
