@@ -18,12 +18,14 @@ on_every_store!(
     a_dry_run_says_so_and_removes_nothing,
     a_record_that_cannot_be_read_keeps_everything,
     a_head_that_names_nothing_keeps_everything,
-    layers_that_nobody_names_go_when_they_are_old_and_behind_the_head,
+    layers_that_nobody_names_go_after_a_week_and_behind_the_head,
+    layers_of_a_snapshot_that_goes_do_not_wait_for_a_week,
     a_fenced_runtime_removes_nothing,
     a_backup_after_a_prune_goes_on_from_the_head,
 );
 
 const HOUR: Duration = Duration::from_hours(1);
+const DAY: Duration = Duration::from_hours(24);
 
 /// A runtime's host with a snapshot of each of these ages, and the trees they are of, by id.
 struct Past {
@@ -192,10 +194,11 @@ fn a_head_that_names_nothing_keeps_everything(place: &Place) {
     assert_eq!(before, place.objects());
 }
 
-fn layers_that_nobody_names_go_when_they_are_old_and_behind_the_head(place: &Place) {
-    let past = past(place, &[50 * HOUR, 3 * HOUR]);
-    let minutes = |minutes| past::id(SignedDuration::from_mins(minutes), "0badcafe");
-    let (old, ahead, young) = (minutes(200), minutes(120), minutes(59));
+/// Layers of a backup that goes on with the next run, or whose upload takes long.
+fn layers_that_nobody_names_go_after_a_week_and_behind_the_head(place: &Place) {
+    let past = past(place, &[30 * DAY, 9 * DAY]);
+    let hours = |hours| past::id(SignedDuration::from_hours(hours), "0badcafe");
+    let (old, ahead, young) = (hours(10 * 24), hours(8 * 24), hours(7 * 24 - 1));
     for layer in [&old, &ahead, &young] {
         place.put(&format!("layers/{layer}.tar.zst"), b"left behind");
     }
@@ -210,13 +213,31 @@ fn layers_that_nobody_names_go_when_they_are_old_and_behind_the_head(place: &Pla
     assert!(left.contains(&ahead), "a backup under way follows the head");
     assert!(left.contains(&young) && left.contains("notes.txt"));
 
-    // Without a head there is nothing to be behind of.
+    // Without a head there is nothing to be behind.
     place.remove("head.json");
     let person = Host::new(place);
     assert_eq!(person.json(&["prune"])["layersRemoved"], 1);
     let left = place.keys("layers/").concat();
     assert!(left.contains(&young) && !left.contains(&ahead));
     assert_eq!(assert_whole(place, &past).len(), 2);
+}
+
+fn layers_of_a_snapshot_that_goes_do_not_wait_for_a_week(place: &Place) {
+    let past = past(place, &[3 * HOUR, 2 * HOUR]);
+    // Nothing but the head needs another layer than that of the first one.
+    for name in ["file", "of-0", "of-1"] {
+        fs::remove_file(past.host.root.join(name)).expect("it is there");
+    }
+    tree::write(&past.host.root, "file", "the only one");
+    let head = past.host.backup();
+    let host = Host::new(place).with("RUNTIME_RETENTION", "last=1");
+    let before = layers_on(place);
+    let answer = host.json(&["prune"]);
+    let left = layers_on(place);
+    assert_eq!(answer["layersRemoved"], before.len() - left.len());
+    assert_eq!(left, named_layers(place));
+    assert!(left.len() < before.len(), "{answer}");
+    assert_eq!(answer["verdicts"][0]["id"], head);
 }
 
 fn a_fenced_runtime_removes_nothing(place: &Place) {
@@ -259,10 +280,7 @@ fn a_kill_at_any_step_leaves_whole_snapshots_and_the_next_run_finishes() {
     ];
     for (kind, key, effect) in STEPS {
         let place = Place::memory();
-        let past = past(
-            &place,
-            &[50 * HOUR, 40 * HOUR, 30 * HOUR, 20 * HOUR, 2 * HOUR],
-        );
+        let past = past(&place, &[11 * DAY, 10 * DAY, 9 * DAY, 8 * DAY, 2 * HOUR]);
         let host = Host::new(&place).with("RUNTIME_RETENTION", "last=2");
         place.s3().take_requests();
         place.s3().add_fault(kind, key, 1, effect);
@@ -284,7 +302,7 @@ fn a_kill_at_any_step_leaves_whole_snapshots_and_the_next_run_finishes() {
 #[test]
 fn kills_at_random_moments_on_a_directory_leave_whole_snapshots() {
     let place = Place::directory();
-    let ages: Vec<Duration> = (2..40).rev().map(|hours| hours * HOUR).collect();
+    let ages: Vec<Duration> = (8..46).rev().map(|days| days * DAY).collect();
     let past = past(&place, &ages);
     let host = Host::new(&place).with("RUNTIME_RETENTION", "last=2");
     let begin = place.keys("snapshots/").len();
@@ -467,10 +485,10 @@ fn uploads_in_parts_that_a_killed_agent_left_open_are_aborted_when_they_are_old(
     running.signal(Signal::KILL);
     assert_eq!(running.wait().signal, Some(9));
 
-    place.s3().age_uploads(Duration::from_mins(59));
+    place.s3().age_uploads(7 * DAY - HOUR);
     past.host.json(&["prune"]);
     assert_eq!(place.s3().open_uploads(), 1, "it may be under way");
-    place.s3().age_uploads(Duration::from_mins(2));
+    place.s3().age_uploads(2 * HOUR);
     past.host.json(&["prune", "--dry-run"]);
     assert_eq!(place.s3().open_uploads(), 1);
     // Somebody else's in the same bucket.

@@ -57,8 +57,8 @@ pub struct Facts {
     pub shrunken: Option<String>,
     /// What a backup that ran out of time has brought to the store.
     pub part: Option<Part>,
-    /// So many bytes of other layers did not fit into the bound of a run that took them over, or it has not ended yet.
-    pub too_much: Option<u64>,
+    /// Backups that ran out of time before anything of them could be kept, since the last one that ended well.
+    pub late_tries: u32,
     /// When the store last confirmed what is remembered of it, in seconds since 1970.
     pub confirmed: Option<i64>,
 }
@@ -181,7 +181,7 @@ impl State {
         self.facts.unseen = std::mem::take(&mut self.seen);
         self.facts.part = None;
         self.facts.shrunken = None;
-        self.facts.too_much = None;
+        self.facts.late_tries = 0;
         self.facts.ended = self.began.max(fine_clock()?);
         self.save()?;
         // One that stays is only room: it is about a snapshot that is no base any more.
@@ -221,7 +221,6 @@ impl State {
         let from = self.directory.join(INDEX_UNDER_WAY);
         fs::rename(&from, self.directory.join(INDEX_PART)).map_err(Error::local("rename", from))?;
         self.facts.part = Some(part);
-        self.facts.too_much = None;
         self.facts.ended = self.began.max(fine_clock()?);
         self.save()
     }
@@ -369,6 +368,10 @@ impl Facts {
         self.head = Some(seen.head);
         self.etag = Some(seen.etag);
         self.is_fenced = false;
+    }
+
+    /// Remembers that the store has just now been found to have all that it should.
+    pub fn confirm(&mut self) {
         self.confirmed = Some(Timestamp::now().as_second());
     }
 }

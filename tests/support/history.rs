@@ -120,15 +120,15 @@ fn json(bytes: &[u8]) -> Value {
     serde_json::from_slice(bytes).expect("records and heads are JSON")
 }
 
-/// Lets two hours go by for what runs that died have left: layers that nobody names, open uploads, files under way. For
+/// Lets ten days go by for what runs that died have left: layers that nobody names, open uploads, files under way. For
 /// the server in memory, probes are old anyway.
 pub fn age_leftovers(place: &Place) {
-    const AGE: Duration = Duration::from_hours(2);
+    const AGE: Duration = Duration::from_hours(10 * 24);
     for key in assert_whole(place).unnamed {
         let bytes = place.objects().remove(&key).expect("it was just there");
         let id = key.trim_end_matches(".tar.zst");
         // Older than every head.
-        let old = past::id(SignedDuration::from_hours(60), &id[id.len() - 8..]);
+        let old = past::id(SignedDuration::from_hours(10 * 24), &id[id.len() - 8..]);
         place.remove(&key);
         place.put(&format!("layers/{old}.tar.zst"), &bytes);
     }

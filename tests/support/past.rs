@@ -2,12 +2,13 @@
 //! gives snapshots and layers the ids of another time, everywhere an id is written and under every checksum.
 
 use std::collections::{BTreeMap, HashMap};
+use std::fs;
 use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp, tz::TimeZone};
 use serde_json::Value;
 
-use crate::agent::{Place, boot_id};
+use crate::agent::{Host, Place, boot_id};
 use crate::forge;
 
 /// An id of so long ago, negative for the future.
@@ -62,6 +63,25 @@ pub fn set_back(place: &Place, snapshots: &[(String, Duration)]) -> Vec<String> 
         place.put(key, bytes);
     }
     new
+}
+
+/// Lets so many seconds go by since the host's agent last asked its store what that has; negative: sets its clock back.
+pub fn let_pass(host: &Host, seconds: i64) {
+    change_facts(host, |facts| {
+        let confirmed = facts["confirmed"]
+            .as_i64()
+            .expect("the store was asked once");
+        facts["confirmed"] = (confirmed - seconds).into();
+    });
+}
+
+/// Changes what the host's agent remembers.
+pub fn change_facts(host: &Host, change: impl FnOnce(&mut Value)) {
+    let path = host.state.join("state.json");
+    let bytes = fs::read(&path).expect("the agent remembers something");
+    let mut facts = serde_json::from_slice(&bytes).expect("it is JSON");
+    change(&mut facts);
+    fs::write(&path, forge::seal(facts)).expect("can write");
 }
 
 /// Writes a record of this id that follows nothing and names these layers, as if a writer had just written it.

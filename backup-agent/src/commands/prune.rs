@@ -1,8 +1,9 @@
 //! `prune`: removes the snapshots that no rule keeps, then the layers that no snapshot names any more.
 //!
-//! The order is records, then layers, so that a kill anywhere leaves snapshots that are whole, and layers that the next run
-//! finds again. It is safe beside a backup, here or elsewhere: a run under way has layers younger than the head it
-//! follows, and the records are listed once more between the two steps, so that one which came meanwhile keeps its layers.
+//! The order is records, then layers, so that a kill anywhere leaves snapshots that are whole, and layers that a later run
+//! finds again. It is safe beside a backup, here or elsewhere: a layer that no record has named yet stays for as long as
+//! a backup may go on from it, and the records are listed once more between the two steps, so that one which came meanwhile
+//! keeps its layers.
 
 use std::collections::{HashMap, HashSet};
 
@@ -20,7 +21,7 @@ use crate::{
         history::{self, AT_ONCE},
         id,
         record::{self, Record},
-        retention::{self, Verdict, YOUNG},
+        retention::{self, ABANDONED, Verdict, YOUNG},
     },
     state::State,
     store::Store,
@@ -48,17 +49,17 @@ pub async fn run(config: &Config, store: &dyn Store, is_dry_run: bool) -> Result
     }
     let verdicts = retention::judge(&records, head, &config.retention, now);
     let judged = || records.iter().zip(&verdicts);
-    let doomed: Vec<String> = judged()
-        .filter(|(_, verdict)| !verdict.keep)
-        .map(|(record, _)| record::key(&record.id))
-        .collect();
+    let doomed = || judged().filter(|(_, verdict)| !verdict.keep);
+    // What a record has named is nobody's part of a backup.
+    let once_named: HashSet<String> = doomed().flat_map(|(record, _)| layers(record)).collect();
     let mut named: HashSet<String> = judged()
         .filter(|(_, verdict)| verdict.keep)
         .flat_map(|(record, _)| layers(record))
         .collect();
 
     if !is_dry_run {
-        remove(store, doomed).await?;
+        let keys = doomed().map(|(record, _)| record::key(&record.id));
+        remove(store, keys.collect()).await?;
     }
     let stored = store.list("layers/").await;
     let stored = stored.map_err(Error::store("list", "layers/"))?;
@@ -70,7 +71,12 @@ pub async fn run(config: &Config, store: &dyn Store, is_dry_run: bool) -> Result
     }
     let unnamed = |key: &String| {
         let layer = key.strip_prefix("layers/")?.strip_suffix(".tar.zst")?;
-        let is_old = id::time(layer).is_some_and(|time| now.duration_since(time) >= YOUNG);
+        let age = if once_named.contains(layer) {
+            YOUNG
+        } else {
+            ABANDONED
+        };
+        let is_old = id::time(layer).is_some_and(|time| now.duration_since(time) >= age);
         let is_settled = head.is_none_or(|head| layer < head);
         let is_unnamed = id::is_valid(layer) && !named.contains(layer);
         (is_old && is_settled && is_unnamed).then(|| layer.to_owned())
@@ -81,7 +87,7 @@ pub async fn run(config: &Config, store: &dyn Store, is_dry_run: bool) -> Result
         remove(store, keys.collect()).await?;
         report(state.sweep());
         report(swap::sweep(&config.root).map(u64::from));
-        report(store.sweep(now - YOUNG).await);
+        report(store.sweep(now - YOUNG, now - ABANDONED).await);
     }
 
     let sizes: HashMap<&str, u64> = records

@@ -15,6 +15,11 @@ use crate::snapshot::{
 
 /// Nothing younger is removed: it may belong to a run under way, here or elsewhere.
 pub const YOUNG: SignedDuration = SignedDuration::from_hours(1);
+/// A layer that no record has ever named, or an open upload, is nobody's after that. R2 ends uploads of that age, too.
+pub const ABANDONED: SignedDuration = SignedDuration::from_hours(7 * 24);
+/// A backup goes on from layers that no record names until they are so old. The day up to [`ABANDONED`] is for its own run,
+/// and for clocks of two hosts that differ.
+const LONGEST_PART: SignedDuration = SignedDuration::from_hours(6 * 24);
 /// Time for a person to notice that a tree was wiped, or that a fork holds what they need.
 const ATTENTION: SignedDuration = SignedDuration::from_hours(7 * 24);
 /// Snapshots in a row that have to agree before a tree counts as shrunken for good: the first one and two more.
@@ -135,6 +140,13 @@ pub fn judge(
         reason: reason.unwrap_or_else(|| "no rule keeps it".to_owned()),
     };
     reasons.into_iter().map(verdict).collect()
+}
+
+/// Whether a record may still name these layers that no record names yet: a prune on another host may remove older ones
+/// between any two looks at the store.
+pub fn may_be_named<'a>(layers: impl IntoIterator<Item = &'a str>, now: Timestamp) -> bool {
+    let is_young = |id| id::time(id).is_some_and(|time| now.duration_since(time) < LONGEST_PART);
+    layers.into_iter().all(is_young)
 }
 
 /// The age of a snapshot; one whose id is no time counts as new.

@@ -349,3 +349,21 @@ fn of_any_history_the_head_stays_a_second_run_removes_nothing_and_more_keeps_mor
         }
     }
 }
+
+#[test]
+fn layers_may_be_named_for_a_day_less_than_a_prune_leaves_them() {
+    let layer = |age: SignedDuration| id_at(now() - age, 1);
+    let margin = SignedDuration::from_hours(24);
+    let (young, old) = (
+        layer(ABANDONED - margin - SignedDuration::from_millis(1)),
+        layer(ABANDONED - margin),
+    );
+    for (layers, want) in [
+        (vec![], true),
+        (vec![young.as_str()], true),
+        (vec![young.as_str(), old.as_str()], false),
+        (vec!["no-time"], false),
+    ] {
+        assert_eq!(may_be_named(layers.clone(), now()), want, "{layers:?}");
+    }
+}

@@ -184,7 +184,7 @@ impl Store for Directory {
         })
     }
 
-    fn sweep(&self, before: Timestamp) -> Pending<'_, u64> {
+    fn sweep(&self, before: Timestamp, _: Timestamp) -> Pending<'_, u64> {
         self.blocking(move |base, _| {
             let mut removed = 0;
             for folder in FOLDERS {

@@ -80,9 +80,9 @@ pub trait Store {
     /// Removes an object; one that is not there is removed already.
     fn delete<'a>(&'a self, key: &'a str) -> Pending<'a, ()>;
 
-    /// Removes what writers that died before then left: probes, files under way, and open uploads in parts. Gives their
-    /// number.
-    fn sweep(&self, before: Timestamp) -> Pending<'_, u64>;
+    /// Removes what writers that died before then left: probes and files under way. Likewise open uploads in parts, which
+    /// have only the time of their begin, that are older than `uploads_before`. Gives their number.
+    fn sweep(&self, before: Timestamp, uploads_before: Timestamp) -> Pending<'_, u64>;
 
     /// Lets go of what interrupted uploads hold on the store.
     fn abort_uploads(&self) -> Pending<'_, ()>;

@@ -11,7 +11,7 @@ use std::{
 use super::changes::{CAPTURED, Log, Skipped};
 use crate::{
     archive::{
-        entry::{Entry, Kind, Numbers, Stamp},
+        entry::{self, Entry, Kind, Numbers, Stamp},
         extents::{Extent, runs},
         parts::SMALLEST,
         spool::Spool,
@@ -77,9 +77,8 @@ pub struct Inputs {
 pub struct Manner {
     /// Each file is read once before it is written, because one could not be read to its end.
     pub is_careful: bool,
-    /// By then everything has to have arrived on the store: what does not fit any more is left for the next run. `None`
-    /// where layers are taken over, since what was theirs cannot be left.
-    pub until: Option<Instant>,
+    /// By then everything has to have arrived on the store: what does not fit any more is left for the next run.
+    pub until: Instant,
 }
 
 /// Why a layer is no good.
@@ -173,6 +172,7 @@ impl Pass {
         while let Some(change) = self.inputs.log.next()? {
             if self.is_late() {
                 is_part = true;
+                self.leave_rest(change)?;
                 break;
             }
             while let Some(known) = self.inputs.known.before(&change.path)? {
@@ -211,9 +211,7 @@ impl Pass {
         /// Until something has arrived, no more than two parts' worth is on its way: nobody knows how long it takes.
         const UNKNOWN: u64 = 2 * SMALLEST;
 
-        let Some(until) = self.manner.until else {
-            return false;
-        };
+        let until = self.manner.until;
         while self.layer.landed() == 0
             && self.layer.given() > SMALLEST
             && self.layer.behind() > UNKNOWN
@@ -229,6 +227,37 @@ impl Pass {
         let needed = passed.as_millis() * u128::from(self.layer.behind()) / u128::from(landed);
         // The last fifth is for the index, and for a store that gets slower.
         needed > left.as_millis() * 4 / 5
+    }
+
+    /// Leaves everything from this change on to the next run, which compares the tree with the index of this one.
+    fn leave_rest(&mut self, from: Entry) -> Result<(), End> {
+        let mut next = Some(from);
+        while let Some(mut known) = self.inputs.known.rest()? {
+            while let Some(change) = &next
+                && entry::compare(&change.path, &known.path).is_lt()
+            {
+                next = self.inputs.log.next()?;
+            }
+            if next.as_ref().is_some_and(|next| next.path == known.path) {
+                // Where only the content told that it has changed, the next look would take it for the same.
+                known.stamp = None;
+            }
+            let mut layers = self.words.left(&known);
+            if !self.words.is_kept(&known) {
+                if known.kind != Kind::Dir {
+                    // Its layer is taken over. The next run finds it anew.
+                    self.hide(known.path, layers, None)?;
+                    continue;
+                }
+                // A deletion would stand for all that is in it.
+                self.layer.add(&known)?;
+                layers.push(self.words.own);
+            }
+            known.layers = layers;
+            self.count(&known);
+            self.index.entry(&known)?;
+        }
+        Ok(())
     }
 
     /// A path that has not changed.

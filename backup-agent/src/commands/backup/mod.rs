@@ -7,11 +7,15 @@ mod changes;
 mod layer;
 mod rounds;
 
-use std::time::{Duration, Instant};
+use std::{
+    collections::HashSet,
+    time::{Duration, Instant},
+};
 
 use futures_util::{StreamExt, TryStreamExt, stream};
 use jiff::Timestamp;
 use serde_json::json;
+use tokio::time::timeout_at;
 
 use self::{
     changes::Changes,
@@ -36,7 +40,7 @@ use crate::{
         history::AT_ONCE,
         id,
         record::{self, FORMAT, Layer, Record, Totals},
-        sealed,
+        retention, sealed,
     },
     state::{Described, Part, State, Which},
     store::{Store, StoreError},
@@ -63,9 +67,14 @@ pub async fn run(
     let (before, root) = (plan.base.totals, plan.base.changes.root);
     let built_on = plan.base.built_on.clone();
     let goes_on = plan.base.is_part;
-    // The last tenth is for the record and the head.
-    let until = begun + bound.mul_f32(0.9);
-    let taken = take(config, store, &mut state, &snapshot, plan.base, until).await?;
+    // The last tenth is for the record and the head; more, where that was not enough for the tries before.
+    let until = begun + bound.mul_f32(0.9) / (1 << state.facts.late_tries.min(MOST_HALVED));
+    let last = (begun + bound.mul_f32(0.98)).into();
+    let taken = take(config, store, &mut state, &snapshot, plan.base, until);
+    let Ok(taken) = timeout_at(last, taken).await else {
+        return Err(late(&mut state, bound, options));
+    };
+    let taken = taken?;
     if taken.is_part {
         let part = Part {
             name: snapshot,
@@ -96,7 +105,7 @@ pub async fn run(
     };
     let beside = built_on.as_deref().filter(|_| plan.place != Place::Head);
     publish(store, &record, beside).await?;
-    if goes_on {
+    if goes_on || begun.elapsed() >= LONG {
         check_layers(store, &mut state, &record).await?;
     }
     let described = Described {
@@ -123,7 +132,12 @@ pub async fn run(
         Place::Head => {
             let next = claimed(Some((&snapshot, record.sequence)), &plan.writer);
             match head::swap(store, plan.seen.as_ref(), &next).await? {
-                Swap::Moved(etag) => state.facts.hold(Seen { head: next, etag }),
+                Swap::Moved(etag) => {
+                    state.facts.hold(Seen { head: next, etag });
+                    if plan.is_confirmed {
+                        state.facts.confirm();
+                    }
+                }
                 Swap::Lost(now) => {
                     return Err(lose(&mut state, &plan.writer, now.as_ref(), &snapshot));
                 }
@@ -156,6 +170,8 @@ struct Plan {
     parent: Option<(String, u64)>,
     place: Place,
     base: Base,
+    /// The store was found to have all that the base is made of, if it is made of anything.
+    is_confirmed: bool,
 }
 
 enum Planned {
@@ -194,21 +210,20 @@ async fn plan(
         true => Place::Head,
         false => Place::Lost,
     };
-    // A head that is gone makes everything doubtful that is remembered of the store.
-    if !is_confirmed || (seen.is_none() && state.facts.head.is_some()) {
-        let has_base = base.is_some();
-        base = confirm(store, base).await?;
-        if has_base && base.is_none() {
-            // The next run has to ask, too, unless this one writes a whole snapshot.
-            state.facts.confirmed = None;
-            state.save()?;
-        }
+    // A head that is gone makes everything doubtful that is remembered of the store, and nothing but this run needs the
+    // layers of one that ran out of time.
+    let is_lost = seen.is_none() && state.facts.head.is_some();
+    let is_part = base.as_ref().is_some_and(|base| base.is_part);
+    let is_asked = !is_confirmed || is_lost || is_part;
+    if is_asked {
+        base = confirm(store, state, base).await?;
         if let Some(known) = known.as_ref().filter(|_| place != Place::Lost)
             && is_unchanged(known, base.as_ref(), state, fork)
             && (fork || seen == state.facts.seen())
         {
-            state.facts.confirmed = Some(Timestamp::now().as_second());
             state.settle()?;
+            state.facts.confirm();
+            state.save()?;
             return Ok(Planned::Unchanged(known.clone()));
         }
     }
@@ -232,6 +247,7 @@ async fn plan(
             // The index was lost, and nothing else.
             let described = describe(&record::read(store, id).await?);
             state.facts.hold(seen.clone());
+            state.facts.confirm();
             state.remember_tree(base.changes.root, Some(described.clone()))?;
             return Ok(Planned::Unchanged(described));
         }
@@ -243,6 +259,7 @@ async fn plan(
     {
         base = None;
     }
+    let is_confirmed = is_asked || base.is_none();
     let base = match base {
         Some(base) => base,
         None => Base {
@@ -252,6 +269,7 @@ async fn plan(
         },
     };
     Ok(Planned::Snapshot(Plan {
+        is_confirmed,
         writer,
         seen,
         parent,
@@ -282,12 +300,14 @@ async fn resume(config: &Config, state: &mut State) -> Result<Option<Base>, Erro
     let known = state.facts.snapshot.clone();
     let totals = known.as_ref().map(|known| (known.files, known.bytes));
     let last = known.as_ref().map(|known| known.id.clone());
-    if let Some(part) = state
-        .facts
-        .part
-        .clone()
-        .filter(|part| part.built_on == last)
-    {
+    let is_usable = |part: &Part| {
+        let named = known.iter().flat_map(|known| &known.layers);
+        let named: HashSet<&str> = named.map(|layer| layer.id.as_str()).collect();
+        let own = part.layers.iter().map(|layer| layer.id.as_str());
+        let own = own.filter(|id| !named.contains(id));
+        part.built_on == last && retention::may_be_named(own, Timestamp::now())
+    };
+    if let Some(part) = state.facts.part.clone().filter(is_usable) {
         let base = compare(config, state, Which::Part, &part.name, &part.layers).await?;
         if let Some(base) = base {
             return Ok(Some(Base {
@@ -317,7 +337,11 @@ fn is_unchanged(known: &Described, base: Option<&Base>, state: &State, fork: boo
 }
 
 /// Gives a base back if the store still has all that it is built on: a snapshot on top of it could not be restored else.
-async fn confirm(store: &dyn Store, base: Option<Base>) -> Result<Option<Base>, Error> {
+async fn confirm(
+    store: &dyn Store,
+    state: &mut State,
+    base: Option<Base>,
+) -> Result<Option<Base>, Error> {
     let Some(base) = base else { return Ok(None) };
     let missing = match &base.built_on {
         Some(id) if !is_there(store, id).await? => Some(record::key(id)),
@@ -330,6 +354,9 @@ async fn confirm(store: &dyn Store, base: Option<Base>) -> Result<Option<Base>, 
         "the store has lost a part of the last snapshot; a whole new one is taken",
         &[("missing", missing.into())],
     );
+    // Until that is there, each run has to find it out.
+    state.facts.confirmed = None;
+    state.save()?;
     Ok(None)
 }
 
@@ -349,8 +376,12 @@ async fn missing_layer(store: &dyn Store, layers: &[Layer]) -> Result<Option<Str
     Ok(missing.into_iter().flatten().next())
 }
 
-/// Looks once more whether the layers of earlier runs are there, now that a record names them: a prune elsewhere could have
-/// taken them for leftovers until then.
+/// A run that takes longer looks whether its layers are still there: a prune elsewhere that is of an earlier version, or whose
+/// clock is ahead, could have taken them for leftovers. In one that is shorter, a look costs more than it tells.
+const LONG: Duration = Duration::from_mins(10);
+
+/// Looks once more whether the layers are there, now that a record names them: a prune elsewhere could have taken those of
+/// earlier runs, and those of a long one, for leftovers until then.
 async fn check_layers(store: &dyn Store, state: &mut State, record: &Record) -> Result<(), Error> {
     let Some(missing) = missing_layer(store, &record.layers).await? else {
         return Ok(());
@@ -379,6 +410,22 @@ fn leave(state: &mut State, part: Part, bytes: u64, bound: Duration, options: &B
             "{} have arrived on the store, and the next backup goes on from there; {longer}",
             human_bytes(bytes)
         ),
+    }
+}
+
+/// How often the time for uploading is halved: what is left of it is for the smallest part of a large backup.
+const MOST_HALVED: u32 = 4;
+
+/// Remembers that nothing of a backup could be kept in time, so that the next one ends its upload earlier.
+fn late(state: &mut State, bound: Duration, options: &Backup) -> Error {
+    state.facts.late_tries += 1;
+    if let Err(error) = state.save() {
+        return error;
+    }
+    let longer = longer(&Verb::Backup(options.clone()));
+    Error::Timeout {
+        after: bound,
+        left: format!("the store holds what it held before; {longer}"),
     }
 }
 

@@ -55,9 +55,6 @@ const COPIED_IN_A_MILLISECOND: u64 = 200 << 10;
 /// Between two looks at the clock that waits for its next tick.
 const CLOCK_AGAIN: Duration = Duration::from_micros(200);
 
-/// Bytes of other layers that a run may take over without a thought: more may not fit into its bound.
-const TAKEN_LIGHTLY: u64 = 64 << 20;
-
 /// What a backup made before it is given a name.
 pub struct Taken {
     pub layers: Vec<Layer>,
@@ -141,7 +138,7 @@ pub async fn take(
         };
         // Only the first round takes over: later ones would take what has just been written.
         let mut taken = if is_first && !is_part {
-            affordable(state, &changes)?
+            to_take_over(&changes)
         } else {
             vec![false; done.layers.len()]
         };
@@ -212,25 +209,10 @@ pub async fn take(
 /// Why a snapshot that was read while the gateway ran is not of one instant.
 const WRITTEN_MEANWHILE: &str = "files were written while they were read";
 
-/// Which layers to take over: none, where so much did not fit into the bound of a run before.
-fn affordable(state: &mut State, changes: &Changes) -> Result<Vec<bool>, Error> {
+/// Which layers to take over.
+fn to_take_over(changes: &Changes) -> Vec<bool> {
     let changed = changes.bytes.saturating_add(TRAILER.len() as u64);
-    let taken = taken_over(&changes.layers, changed);
-    let bytes = live(changes, &taken);
-    if bytes < TAKEN_LIGHTLY {
-        return Ok(taken);
-    }
-    if state
-        .facts
-        .too_much
-        .is_some_and(|too_much| bytes >= too_much)
-    {
-        return Ok(vec![false; taken.len()]);
-    }
-    // Until it has ended, nobody knows that it fits.
-    state.facts.too_much = Some(bytes);
-    state.save()?;
-    Ok(taken)
+    taken_over(&changes.layers, changed)
 }
 
 /// Leaves the layers alone that have something which cannot be read; whether one of them was to be taken over.
@@ -581,7 +563,7 @@ async fn write(
         };
         let manner = Manner {
             is_careful: careful_tries > 0,
-            until: (!taken.contains(&true)).then_some(until),
+            until,
         };
         let layer = LayerWriter::new(&layer_id, sink, state.nameless()?, config.effort)?;
         let index = LocalIndex::new(state.index_under_way()?, snapshot, changes.started)?;

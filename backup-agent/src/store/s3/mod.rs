@@ -250,7 +250,7 @@ impl Store for S3 {
         })
     }
 
-    fn sweep(&self, before: Timestamp) -> Pending<'_, u64> {
+    fn sweep(&self, before: Timestamp, uploads_before: Timestamp) -> Pending<'_, u64> {
         Box::pin(async move {
             let mut removed = 0;
             for (object, modified) in self.objects(PROBE).await? {
@@ -260,7 +260,7 @@ impl Store for S3 {
                 }
             }
             for upload in uploads::list(&self.remote, &self.prefix).await? {
-                if upload.is_older(before) {
+                if upload.is_older(uploads_before) {
                     let action =
                         |remote: &Remote| uploads::abort(remote, &upload.object, &upload.id);
                     let aborted = self
