@@ -356,6 +356,7 @@ async fn confirm(
     );
     // Until that is there, each run has to find it out.
     state.facts.confirmed = None;
+    state.facts.part = None;
     state.save()?;
     Ok(None)
 }
