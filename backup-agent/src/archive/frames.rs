@@ -72,7 +72,7 @@ pub struct FrameWriter {
     turn: usize,
     position: u64,
     /// Raw bytes of the frames that were given to the upload.
-    packed: Arc<AtomicU64>,
+    given: Arc<AtomicU64>,
     packer: JoinHandle<Result<(Vec<Frame>, PartWriter), UploadStopped>>,
 }
 
@@ -103,8 +103,8 @@ impl FrameWriter {
             lanes.push(Lane { raw, spare });
             finished.push((packed, returns));
         }
-        let packed = Arc::new(AtomicU64::new(0));
-        let count = packed.clone();
+        let given = Arc::new(AtomicU64::new(0));
+        let count = given.clone();
         let packer = thread::Builder::new()
             .name("packer".to_owned())
             .spawn(move || pack(&finished, sink, &count))?;
@@ -113,7 +113,7 @@ impl FrameWriter {
             lanes,
             turn: 0,
             position: 0,
-            packed,
+            given,
             packer,
         })
     }
@@ -125,7 +125,7 @@ impl FrameWriter {
 
     /// Bytes of the raw stream that the upload was not given yet.
     pub fn waiting(&self) -> u64 {
-        self.position.saturating_sub(self.packed.load(Relaxed))
+        self.position.saturating_sub(self.given.load(Relaxed))
     }
 
     /// Appends to the raw stream; waits while compression or upload is behind.
@@ -202,7 +202,7 @@ fn compress(
 fn pack(
     lanes: &[(Receiver<Finished>, Sender<Vec<u8>>)],
     mut sink: PartWriter,
-    packed: &AtomicU64,
+    given: &AtomicU64,
 ) -> Result<(Vec<Frame>, PartWriter), UploadStopped> {
     let mut table = Vec::new();
     for (finished, returns) in lanes.iter().cycle() {
@@ -210,7 +210,7 @@ fn pack(
             break;
         };
         sink.write(&stored)?;
-        packed.fetch_add(frame.raw, Relaxed);
+        given.fetch_add(frame.raw, Relaxed);
         table.push(frame);
         let _ = returns.send(stored);
     }

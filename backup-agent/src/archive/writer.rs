@@ -120,7 +120,7 @@ impl LayerWriter {
         let mut sum = Sha256::new();
         let frames = &mut self.frames;
         let copied = data.read(
-            |error| End::Miss(miss(error)),
+            |error| End::Miss(miss(&error)),
             |bytes| {
                 sum.update(bytes);
                 progress::add(bytes.len() as u64);

@@ -51,7 +51,7 @@ pub fn adopt(
             let mut entry = word.entry;
             if trust == Trust::Restored && entry.kind != Kind::Deleted {
                 // The owner may be another one here.
-                let restored = found.entry;
+                let restored = found.entry.clone();
                 entry = Entry {
                     sha256: entry.sha256,
                     extents: entry.extents,

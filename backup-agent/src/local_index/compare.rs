@@ -116,7 +116,9 @@ fn read_all(found: &Found<'_>) -> Result<(), Miss> {
         return read::xattrs(directory).map(drop);
     }
     let content = read::open(found.parent, found.name)?;
-    content.data().read(read::miss, |_| Ok(()))?;
+    content
+        .data()
+        .read(|error| read::miss(&error), |_| Ok(()))?;
     read::xattrs(content.file()).map(drop)
 }
 

@@ -156,10 +156,13 @@ pub fn is_equal(content: &Content, known: &Entry) -> Result<bool, Miss> {
         return Ok(false);
     }
     let mut sum = Sha256::new();
-    data.read(miss, |bytes| {
-        sum.update(bytes);
-        Ok(())
-    })?;
+    data.read(
+        |error| miss(&error),
+        |bytes| {
+            sum.update(bytes);
+            Ok(())
+        },
+    )?;
     Ok(known.sha256 == Some(sum.finalize().into()))
 }
 
@@ -173,7 +176,7 @@ pub fn has_xattrs(file: impl AsFd, known: &Entry) -> Result<bool, Miss> {
 }
 
 /// What an error of reading an open file means: the file is there, so it is no absence.
-pub fn miss(error: io::Error) -> Miss {
+pub fn miss(error: &io::Error) -> Miss {
     Miss::Unread(error.raw_os_error().map_or(Errno::EIO, Errno::from_raw))
 }
 
@@ -183,10 +186,11 @@ pub fn xattrs(file: impl AsFd) -> Result<BTreeMap<String, Vec<u8>>, Miss> {
     use rustix::fs::{fgetxattr, flistxattr, flistxattr_query};
     use rustix::io::Errno;
 
-    let failed = |error: Errno| Miss::from(nix::errno::Errno::from_raw(error.raw_os_error()));
-
     // The kernel's own limits: XATTR_LIST_MAX and XATTR_SIZE_MAX.
     const LIMIT: usize = 65_536;
+
+    let failed = |error: Errno| Miss::from(nix::errno::Errno::from_raw(error.raw_os_error()));
+
     // Asking for the size first saves the buffer for the many files that have none.
     let needed = match flistxattr_query(&file) {
         Ok(0) | Err(Errno::NOTSUP) => return Ok(BTreeMap::new()),

@@ -41,7 +41,7 @@ pub struct Found<'a> {
 
 /// What a walk comes to, in the order of the paths.
 pub enum Met<'a> {
-    Entry(Found<'a>),
+    Entry(&'a Found<'a>),
     /// A path that the walk could not look at, with everything below it. Never [`Miss::Gone`].
     Missed(&'a [u8], Miss),
 }
@@ -105,7 +105,7 @@ fn walk_all(root: &Path, excludes: &Excludes, visit: &mut Visitor<'_>) -> Result
         directory: Some(fd.as_fd()),
         allocated: 0,
     };
-    if visit(Met::Entry(found)).is_none() {
+    if visit(Met::Entry(&found)).is_none() {
         return Ok(());
     }
     let most_levels = most_levels();
@@ -201,14 +201,15 @@ fn one(
         Ok(status) => status,
         Err(error) => return Some(Err(error.into())),
     };
-    let found = |entry, directory| {
-        Met::Entry(Found {
+    let allocated = u64::try_from(status.st_blocks).unwrap_or(0) * 512;
+    let mut visit = |entry, directory| {
+        visit(Met::Entry(&Found {
             entry,
             parent,
             name,
             directory,
-            allocated: u64::try_from(status.st_blocks).unwrap_or(0) * 512,
-        })
+            allocated,
+        }))
     };
     let kind = SFlag::from_bits_truncate(status.st_mode & SFlag::S_IFMT.bits());
     // A link is judged with its target, below.
@@ -223,7 +224,7 @@ fn one(
                 Ok(opened) => opened,
                 Err(error) => return Some(Err(error.into())),
             };
-            visit(found(entry(path, Kind::Dir, &status), Some(fd.as_fd())))?;
+            visit(entry(path, Kind::Dir, &status), Some(fd.as_fd()))?;
             return Some(Ok(Some((fd, names))));
         }
         SFlag::S_IFREG => {
@@ -234,8 +235,8 @@ fn one(
                 entry.kind = Kind::Hardlink;
                 entry.size = 0;
                 entry.link = Some(first.to_vec());
-                visit(found(entry, None))?;
-            } else if visit(found(entry, None))? == Verdict::Taken && has_names {
+                visit(entry, None)?;
+            } else if visit(entry, None)? == Verdict::Taken && has_names {
                 links.remember(key, path);
             }
         }
@@ -247,7 +248,7 @@ fn one(
             if !excludes.matches_link(path, target.as_bytes()) {
                 let mut entry = entry(path, Kind::Symlink, &status);
                 entry.link = Some(target.into_vec());
-                visit(found(entry, None))?;
+                visit(entry, None)?;
             }
         }
         // Nobody expects a socket back: its process is gone.

@@ -311,7 +311,7 @@ impl Scan<'_> {
         }
     }
 
-    fn visit(&mut self, found: Found<'_>) -> Result<Verdict, Stop> {
+    fn visit(&mut self, found: &Found<'_>) -> Result<Verdict, Stop> {
         if found.entry.path.is_empty() {
             self.changes.root = Some(RootId::of(found.parent)?);
         }
@@ -339,7 +339,7 @@ impl Scan<'_> {
         }
         let bytes = found.allocated.min(found.entry.size);
         let Some(known) = known else {
-            let miss = self.note(&found, None)?;
+            let miss = self.note(found, None)?;
             return Ok(match miss {
                 None => {
                     self.change(bytes);
@@ -361,7 +361,7 @@ impl Scan<'_> {
             self.keep_unread(&known);
             return Ok(Verdict::Taken);
         }
-        let miss = match self.doubts.judge(&found, &known)? {
+        let miss = match self.doubts.judge(found, &known)? {
             Judgement::Unread => Some(Miss::Unread(Errno::EIO)),
             Judgement::Same => {
                 // Its content has to be written again, and it must be that of now.
@@ -371,7 +371,7 @@ impl Scan<'_> {
                 };
                 let is_taken = self.capture.as_ref().is_some_and(is_taken);
                 let miss = if is_taken {
-                    self.note(&found, Some(&known))?
+                    self.note(found, Some(&known))?
                 } else {
                     None
                 };
@@ -381,7 +381,7 @@ impl Scan<'_> {
                 miss
             }
             Judgement::Changed => {
-                let miss = self.note(&found, Some(&known))?;
+                let miss = self.note(found, Some(&known))?;
                 if miss.is_none() {
                     self.change(bytes);
                 }
@@ -555,7 +555,7 @@ impl Capture {
         file.seek(SeekFrom::Start(at))
             .map_err(Error::local("write", CAPTURED))?;
         let copied = content.data().read(
-            |error| End::Miss(read::miss(error)),
+            |error| End::Miss(read::miss(&error)),
             |bytes| {
                 if Instant::now() >= *until {
                     return Err(End::Stop(Stop::Late));

@@ -133,13 +133,6 @@ pub struct Pass {
     lost: HashMap<Vec<u8>, Option<Vec<u8>>>,
 }
 
-/// What the old snapshot has of a path.
-enum Old {
-    /// The very entry that is written again.
-    Same,
-    Other(Option<Entry>),
-}
-
 impl Pass {
     pub fn new(
         inputs: Inputs,
@@ -188,7 +181,7 @@ impl Pass {
                 let from = captured
                     .as_ref()
                     .map_or(Contents::Tree(&mut tree), Contents::Captured);
-                self.put(change, layers, from, Old::Other(known))?;
+                self.put(change, layers, from, known, false)?;
             }
         }
         while let Some(known) = self.inputs.known.rest()? {
@@ -271,17 +264,19 @@ impl Pass {
         if known.kind == Kind::Deleted {
             self.hide(known.path, layers, known.stamp)
         } else {
-            self.put(known, layers, Contents::Tree(tree), Old::Same)
+            self.put(known, layers, Contents::Tree(tree), None, true)
         }
     }
 
-    /// Puts a path into the layer; `layers` are those that stay and have a word on it, too.
+    /// Puts a path into the layer; `layers` are those that stay and have a word on it, too. `old`: what the old snapshot has of
+    /// it, unless that is the entry itself (`is_old`).
     fn put(
         &mut self,
         mut entry: Entry,
         mut layers: Numbers,
         contents: Contents<'_>,
-        old: Old,
+        old: Option<Entry>,
+        is_old: bool,
     ) -> Result<(), End> {
         let miss = self.write(&mut entry, contents)?;
         match miss {
@@ -293,7 +288,9 @@ impl Pass {
             }
             Err(Miss::Unread(_)) => {
                 self.unread.add(entry.display());
-                self.keep(entry, layers, old)
+                let stamp = entry.stamp;
+                let old = if is_old { Some(entry.clone()) } else { old };
+                self.keep(entry.path, stamp, layers, old)
             }
             Err(miss) => {
                 if let Miss::LeftOut(reason) = miss {
@@ -305,17 +302,21 @@ impl Pass {
         }
     }
 
-    /// Leaves a path that cannot be read as the old snapshot has it.
-    fn keep(&mut self, entry: Entry, mut layers: Numbers, old: Old) -> Result<(), End> {
-        let stamp = entry.stamp.map(|stamp| Stamp {
+    /// Leaves a path that cannot be read as the old snapshot has it. `stamp`: of what is there.
+    fn keep(
+        &mut self,
+        path: Vec<u8>,
+        stamp: Option<Stamp>,
+        mut layers: Numbers,
+        old: Option<Entry>,
+    ) -> Result<(), End> {
+        let stamp = stamp.map(|stamp| Stamp {
             is_unread: true,
             ..stamp
         });
-        let old = match old {
-            Old::Same => entry,
-            Old::Other(Some(old)) if old.kind != Kind::Deleted => old,
+        let Some(old) = old.filter(|old| old.kind != Kind::Deleted) else {
             // The index has that it is there: what goes on being unread is no change.
-            Old::Other(_) => return self.hide(entry.path, layers, stamp),
+            return self.hide(path, layers, stamp);
         };
         if !self.words.is_kept(&old) {
             if old.kind == Kind::File {
@@ -407,7 +408,9 @@ impl Pass {
         let mut found = scan::entry(&entry.path, Kind::File, content.status());
         found.xattrs = self.skipped.attributes(content.file(), &found)?;
         if self.manner.is_careful {
-            content.data().read(read::miss, |_| Ok(()))?;
+            content
+                .data()
+                .read(|error| read::miss(&error), |_| Ok(()))?;
         }
         Ok((found, content))
     }
@@ -426,8 +429,8 @@ impl Pass {
             return Ok(());
         }
         Ok(self.index.entry(&Entry {
-            layers,
             stamp,
+            layers,
             ..Entry::deleted(path)
         })?)
     }

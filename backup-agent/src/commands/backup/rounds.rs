@@ -13,9 +13,9 @@ use std::{
 };
 
 use super::{
-    Base,
     changes::{Capture, Changes, Look, Stop, scan},
     layer::{End, Inputs, Manner, Pass, Words, Written},
+    plan::Base,
 };
 use crate::{
     archive::{
@@ -142,28 +142,15 @@ pub async fn take(
         } else {
             vec![false; done.layers.len()]
         };
-        let mut is_captured = false;
-        let mut doubt = Some(WRITTEN_MEANWHILE.to_owned());
-        while let Some(freezer) = config.freezer
-            && is_short(freezer, &changes, &taken)
-        {
-            let (frozen, pause) = capture(config, state, freezer, &known, &changes, &taken).await?;
-            done.pause = done.pause.max(pause);
-            match frozen {
-                // What cannot be read cannot be written again.
-                Ok(frozen) if leave_pinned(&mut taken, &frozen) => changes = frozen,
-                Ok(frozen) => {
-                    doubt.clone_from(&frozen.doubt);
-                    changes = frozen;
-                    is_captured = true;
-                    break;
-                }
-                Err(reason) => {
-                    doubt = Some(reason);
-                    break;
-                }
-            }
-        }
+        let (is_captured, mut doubt) = hold(
+            config,
+            state,
+            &known,
+            &mut changes,
+            &mut taken,
+            &mut done.pause,
+        )
+        .await?;
         if is_first || changes.count > 0 {
             let stored = done.totals.stored_bytes;
             let written = write(
@@ -209,10 +196,37 @@ pub async fn take(
 /// Why a snapshot that was read while the gateway ran is not of one instant.
 const WRITTEN_MEANWHILE: &str = "files were written while they were read";
 
+/// Captures what changed while the gateway is held, where that takes little time. Whether it did, and why what is read is not of one
+/// instant.
+async fn hold(
+    config: &Config,
+    state: &mut State,
+    known: &Source<'_>,
+    changes: &mut Changes,
+    taken: &mut [bool],
+    longest: &mut Option<Duration>,
+) -> Result<(bool, Option<String>), Error> {
+    while let Some(freezer) = config.freezer
+        && is_short(freezer, changes, taken)
+    {
+        let (frozen, pause) = capture(config, state, freezer, known, changes, taken).await?;
+        *longest = (*longest).max(pause);
+        match frozen {
+            Ok(frozen) => *changes = frozen,
+            Err(reason) => return Ok((false, Some(reason))),
+        }
+        // What cannot be read cannot be written again.
+        if !leave_pinned(taken, changes) {
+            return Ok((true, changes.doubt.clone()));
+        }
+    }
+    Ok((false, Some(WRITTEN_MEANWHILE.to_owned())))
+}
+
 /// Which layers to take over.
 fn to_take_over(changes: &Changes) -> Vec<bool> {
-    let changed = changes.bytes.saturating_add(TRAILER.len() as u64);
-    taken_over(&changes.layers, changed)
+    let bytes = changes.bytes.saturating_add(TRAILER.len() as u64);
+    taken_over(&changes.layers, bytes)
 }
 
 /// Leaves the layers alone that have something which cannot be read; whether one of them was to be taken over.
@@ -448,7 +462,7 @@ async fn capture(
         Ok::<_, NotFrozen>((frozen, now))
     });
     let (frozen, now) = match hold.await? {
-        Ok(held) => held,
+        Ok(frozen) => frozen,
         Err(reason) => return Ok((Err(reason.to_string()), None)),
     };
     let until = frozen.until();
