@@ -32,7 +32,7 @@ pub struct Unseen {
     pub inodes: HashSet<u64>,
     /// A process that may have a write under way in the kernel, which no stop of it stops.
     pub in_flight: Option<Pid>,
-    /// Such a write may be to a file that no descriptor leads to any more: io_submit(2) keeps what it writes to open.
+    /// Such a write may be to a file that no descriptor leads to any more: `io_submit(2)` keeps what it writes to open.
     pub is_any_file_written: bool,
     /// Whether all of it could be read, and in time.
     pub is_complete: bool,
