@@ -526,7 +526,10 @@ fn a_wiped_tree_is_a_fork_though_nothing_of_it_is_remembered() {
 #[test]
 fn a_wiped_tree_is_a_fork_though_the_store_has_lost_a_part_of_the_last_snapshot() {
     let place = Place::directory();
-    let (host, _) = backed_up(Host::new(&place));
+    let host = Host::new(&place);
+    // It stays, and with it most of the layer.
+    tree::write(&host.root, "large", tree::noise(1, 1 << 20));
+    let (host, _) = backed_up(host);
     let head = place.head();
     place.remove(&place.keys("layers/")[0]);
     shrink(&host.root, 0);
