@@ -8,6 +8,7 @@ use e2e::agent::{Place, Running};
 use e2e::held::{Held, state};
 use e2e::wait::until;
 use rustix::process::Signal;
+use serde_json::Value;
 
 /// Snapshots after which a terminal still has to work. SIGSTOP put its job into the background in half of all tries.
 const HOLDS: u32 = 20;
@@ -104,7 +105,7 @@ fn signals_that_arrive_meanwhile_are_delivered_afterwards() {
             sent.extend(numbers.as_array().expect("it is a list").clone());
         });
         // Those of before are all there, or the next ones might be merged with them.
-        let counts = held.ask(receiver, &sent.len().to_string());
+        let counts = all_arrive(&mut held, receiver, sent.len());
         for number in &sent {
             let expected = sent.iter().filter(|other| *other == number).count();
             assert_eq!(counts[number.to_string()], expected, "{number}: {counts}");
@@ -123,12 +124,28 @@ fn no_signal_is_lost_at_the_beginning_and_the_end_of_a_pause() {
     for _ in 0..10 {
         held.hold();
     }
+    // The kernel stops it for each signal that comes between the two calls that hold it.
+    for _ in 0..3 {
+        let mut command = with_fault(&mut held, "10s", &[], "ptrace:delay_exit=20ms");
+        let answer = Running::start(&mut command).wait().expect(0).json();
+        assert!(answer["pauseMs"].is_u64(), "{answer}");
+    }
     let sent = held.ask(sender, "").as_u64().expect("it is a number");
-    let counts = held.ask(receiver, &sent.to_string());
-    let counts = counts.as_object().expect("it is a table").values();
-    let arrived: u64 = counts.filter_map(serde_json::Value::as_u64).sum();
     assert!(sent > 0);
-    assert_eq!(arrived, sent);
+    let sent = usize::try_from(sent).expect("it is not that many");
+    all_arrive(&mut held, receiver, sent);
+}
+
+/// Waits until so many signals have arrived, and no more: how many of each.
+fn all_arrive(held: &mut Held, receiver: usize, sent: usize) -> Value {
+    let mut counts = Value::Null;
+    until("every signal arrives", || {
+        counts = held.ask(receiver, "");
+        let counts = counts.as_object().expect("it is a table").values();
+        let arrived: u64 = counts.filter_map(Value::as_u64).sum();
+        arrived == sent as u64
+    });
+    counts
 }
 
 #[test]
@@ -280,7 +297,7 @@ fn a_debugger_keeps_its_process_and_the_snapshot_names_both() {
             "process {} traces process {pid} of the gateway",
             debugger.id()
         );
-        assert!(reason.starts_with(&expected), "{reason}");
+        assert!(reason.starts_with(&expected), "{expected}: {reason}");
         assert!(is_traced());
     }
     debugger.kill().expect("it is our child");
@@ -354,9 +371,8 @@ fn a_proc_that_shows_others_is_no_proof_that_nobody_runs() {
     let empty = "mount -t tmpfs tmpfs /proc";
     for (prepare, program) in [(empty, ""), ("true", "unshare --pid --fork")] {
         let mut command = within(&mut held, "10s", prepare, program);
-        let outcome = Running::start(&mut command).wait();
-        let claims = outcome.code == Some(0) && outcome.json()["consistency"] == "instant";
-        assert!(!claims, "{outcome:?}");
+        let reason = held.refused(&mut command);
+        assert!(reason.contains("cannot read /proc: "), "{reason}");
     }
 }
 
@@ -384,12 +400,14 @@ fn with_few_descriptors_a_snapshot_is_whole_or_does_not_claim_it() {
     }
 }
 
-/// A backup under strace, which does something to system calls on these paths.
+/// A backup under strace, which does something to one system call, on these paths if there are any.
 fn with_fault(held: &mut Held, pause: &str, paths: &[String], fault: &str) -> Command {
     let arguments = held.arguments(pause);
     let agent = held.host.command(&arguments);
     let mut command = Command::new("strace");
     command.args(["-f", "-qq", "-o", "/dev/null"]);
+    let call = fault.split_once(':').map(|(call, _)| call);
+    command.args(["-e", call.expect("a fault names a call")]);
     for path in paths {
         command.args(["-P", path]);
     }
@@ -429,12 +447,7 @@ fn what_cannot_be_read_in_proc_is_not_taken_for_held() {
             let mut command = with_fault(&mut held, "10s", std::slice::from_ref(&path), &fault);
             let reason = held.refused(&mut command);
             let said = format!("cannot read {path}: ");
-            // Nor can it be told then what the process maps.
-            let unknown = "it cannot be told which files processes of the gateway map";
-            assert!(
-                reason.contains(&said) || reason == unknown,
-                "{errno}: {reason}"
-            );
+            assert!(reason.contains(&said), "{errno}: {reason}");
         }
     }
     held.hold();

@@ -155,7 +155,7 @@ def signals():
     signal.set_wakeup_fd(end)
     for number in SIGNALS:
         signal.signal(number, lambda *_: None)
-    counts, wanted = {}, None
+    counts = {}
     say()
     while True:
         # Read at once: Python hangs in a handler that finds the pipe full.
@@ -163,14 +163,10 @@ def signals():
         if reader in ready:
             for number in os.read(reader, 65536):
                 counts[number] = counts.get(number, 0) + 1
-        if 0 in ready:
-            order = os.read(0, 100)
-            if not order:
-                return
-            wanted = int(order)
-        if wanted is not None and sum(counts.values()) >= wanted:
+        elif not os.read(0, 100):
+            return
+        else:
             say(counts)
-            wanted = None
 
 
 def send(pid):

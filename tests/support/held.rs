@@ -14,12 +14,12 @@ use crate::openclaw::repository;
 use crate::tree;
 use crate::wait::until;
 
-/// Users of this process of tests alone: another one that runs at the same time has others.
-static USERS: AtomicU32 = AtomicU32::new(0);
+/// Each test takes the next user, as they run side by side.
+static COUNT: AtomicU32 = AtomicU32::new(0);
 
-/// A user that nobody else has.
+/// A user whom nobody else has, not even the same tests started twice: all of its processes are held, and killed at the end.
 fn user() -> u32 {
-    100_000 + std::process::id() % 20_000 * 64 + USERS.fetch_add(1, Ordering::Relaxed)
+    20_000 + std::process::id() % 1_000 * 32 + COUNT.fetch_add(1, Ordering::Relaxed)
 }
 
 /// A host whose root belongs to a user, and the processes of that user. They end with this.
@@ -45,7 +45,9 @@ impl Held {
             return None;
         }
         let uid = user();
-        let host = Host::new(place).with("RUNTIME_GATEWAY_USER", uid.to_string());
+        let host = Host::new(place)
+            .with("RUNTIME_GATEWAY_USER", uid.to_string())
+            .with("RUNTIME_LOG", "debug");
         for folder in ["a", "m", "z"] {
             fs::create_dir(host.root.join(folder)).expect("the root is ours");
             chown(host.root.join(folder), Some(uid), Some(uid)).expect("root can give it away");
@@ -151,14 +153,15 @@ impl Held {
         self.assert_nobody_is_held();
     }
 
-    /// A backup that is of no instant: why.
+    /// A backup that cannot hold everybody: why.
     pub fn refused(&mut self, command: &mut Command) -> String {
         let outcome = crate::agent::Running::start(command).wait().expect(0);
-        let answer = outcome.json();
-        assert_eq!(answer["consistency"], "per-file", "{outcome:?}");
+        // A tree to which nobody happens to write is of one instant without any pause.
+        assert!(outcome.json()["pauseMs"].is_null(), "{outcome:?}");
         self.assert_nobody_is_held();
-        let reason = answer["consistencyReason"].as_str();
-        reason.expect("the answer has the reason").to_owned()
+        let said = outcome.logged("the gateway is not held for a snapshot of one instant");
+        let reason = said.last().and_then(|line| line["reason"].as_str());
+        reason.expect("the log has the reason").to_owned()
     }
 
     /// The letter that the kernel has for what each thread of the user does, but for those that stopped by themselves.

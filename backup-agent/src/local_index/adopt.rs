@@ -59,7 +59,7 @@ pub fn adopt(
                     layers: entry.layers,
                     ..restored
                 };
-            } else if scan::is_alike(&found.entry, &entry) && is_equal(&found, &entry) == Ok(true) {
+            } else if scan::is_alike(&found.entry, &entry) && is_equal(found, &entry) == Ok(true) {
                 entry.stamp = found.entry.stamp;
             }
             index.entry(&entry)?;

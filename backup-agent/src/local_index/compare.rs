@@ -169,7 +169,7 @@ pub fn is_tree_same(
             }
         }
         match known.at(&found.entry.path)? {
-            Some(entry) if doubts.judge(&found, &entry)? == Judgement::Same => Ok(Verdict::Taken),
+            Some(entry) if doubts.judge(found, &entry)? == Judgement::Same => Ok(Verdict::Taken),
             _ => Err(Walk::Differs),
         }
     };

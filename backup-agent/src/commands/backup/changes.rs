@@ -251,7 +251,7 @@ pub fn scan(
         capture,
         captured: 0,
     };
-    scan::walk(look.root, look.excludes, |met| scan.meet(met))?;
+    scan::walk(look.root, look.excludes, |met| scan.meet(&met))?;
     while let Some(known) = scan.known.rest()? {
         scan.absent(&known)?;
     }
@@ -289,13 +289,13 @@ struct Scan<'a> {
 }
 
 impl Scan<'_> {
-    fn meet(&mut self, met: Met<'_>) -> Result<Verdict, Stop> {
+    fn meet(&mut self, met: &Met<'_>) -> Result<Verdict, Stop> {
         if let Some(capture) = &self.capture
             && Instant::now() >= capture.until
         {
             return Err(Stop::Late);
         }
-        let path = match &met {
+        let path = match met {
             Met::Entry(found) => &found.entry.path[..],
             Met::Missed(path, _) => path,
         };
@@ -305,7 +305,7 @@ impl Scan<'_> {
         match met {
             Met::Entry(found) => self.visit(found),
             Met::Missed(path, miss) => {
-                self.miss(path, miss);
+                self.miss(path, *miss);
                 Ok(Verdict::Skipped)
             }
         }

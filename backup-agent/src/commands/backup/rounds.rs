@@ -27,7 +27,7 @@ use crate::{
     config::Config,
     error::Error,
     local_index::{Known, LocalIndex, Racy, Unreadable, could_repeat, file_clock},
-    progress,
+    log, progress,
     snapshot::{
         id,
         layers::taken_over,
@@ -213,7 +213,11 @@ async fn hold(
         *longest = (*longest).max(pause);
         match frozen {
             Ok(frozen) => *changes = frozen,
-            Err(reason) => return Ok((false, Some(reason))),
+            Err(reason) => {
+                let message = "the gateway is not held for a snapshot of one instant";
+                log::debug(message, &[("reason", reason.clone().into())]);
+                return Ok((false, Some(reason)));
+            }
         }
         // What cannot be read cannot be written again.
         if !leave_pinned(taken, changes) {

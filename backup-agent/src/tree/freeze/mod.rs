@@ -73,6 +73,8 @@ pub enum NotFrozen {
 impl Freezer {
     /// Holds all of them.
     pub fn freeze(self) -> Result<Frozen, NotFrozen> {
+        // A /proc that shows nothing says nothing about capabilities either.
+        process::others()?;
         // Without it a /proc with hidepid shows none of them, and nobody would seem to be there.
         if !capabilities::can_trace() {
             return Err(NotFrozen::NoCapability);
