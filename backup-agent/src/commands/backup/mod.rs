@@ -262,12 +262,12 @@ async fn plan(
         None => Base::nothing(config, state).await?,
     };
     Ok(Planned::Snapshot(Plan {
-        is_confirmed,
         writer,
         seen,
         parent,
         place,
         base,
+        is_confirmed,
     }))
 }
 
