@@ -29,7 +29,7 @@ define need
 	        echo "installing $(2)" >&2; \
 	        { apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq -y --no-install-recommends install $(2); } >&2; \
 	    else \
-	        echo "missing: the Debian package $(2), or its equal on this system; install it and run make again" >&2; exit 1; \
+	        echo "missing: the Debian package(s) $(2), or the equal on this system; install it and run make again" >&2; exit 1; \
 	    fi; }
 endef
 
@@ -42,6 +42,11 @@ run: release ## Build, then run the runtime with a real OpenClaw gateway on this
 test: $(WORKER) ## Run all tests: the real binaries, the real gateway, a real S3 server
 	$(call need,python3 -c 'import ensurepip',python3-venv)
 	$(call need,command -v zstd,zstd)
+	$(call need,command -v cc,build-essential)
+	$(call need,command -v debugfs && command -v mkfs.ext4,e2fsprogs)
+	$(call need,command -v strace && command -v zsh && command -v dash && command -v tmux,strace zsh dash tmux)
+	$(call need,command -v script && command -v setpriv && command -v unshare,bsdutils util-linux)
+	$(call need,test -x /usr/bin/python3,python3-minimal)
 	@exec tests/run.sh
 
 fuzz: $(FUZZ) ## Run each fuzz target for FUZZ_SECONDS (60), all at once, on readers of what others may have written

@@ -49,8 +49,10 @@ fn assert_newest_is(place: &Place, host: &Host) {
     assert_same(&describe(&host.root), &describe(&other.root));
 }
 
-/// Ways to lose something: all of these objects are gone.
-const LOST: [(&str, fn(&Place) -> Vec<String>); 6] = [
+/// A way to lose something: its name, and the objects that are gone.
+type Loss = (&'static str, fn(&Place) -> Vec<String>);
+
+const LOST: [Loss; 6] = [
     ("everything", |place| place.keys("")),
     ("the head", |_| vec!["head.json".to_owned()]),
     ("the record of the head", |place| vec![record(place)]),
