@@ -142,7 +142,12 @@ impl Life {
         }
         if outcome.code == Some(0) {
             let answer = outcome.json();
-            assert_eq!(answer["fork"], false);
+            if answer["fork"] == true {
+                // A large file that became a small one looks like a tree that was wiped: the next backup confirms it.
+                let warning = answer["warning"].as_str().unwrap_or_default();
+                assert!(warning.contains("has shrunk"), "{answer}");
+                return;
+            }
             let id = answer["snapshot"].as_str().expect("it names it");
             assert_eq!(assert_whole(&self.place).snapshot(), id);
             assert_same(&tree, &self.trees[id]);

@@ -25,11 +25,11 @@ const BUILT_IN: &str = "\
 /.cache/mozilla/firefox/*/cache2/         # Firefox
 /.cache/{fontconfig,mesa_shader_cache*}/  # Fontconfig, Mesa
 /.openclaw/cache/control-ui-assets/       # the gateway
-/.openclaw/dev/                           # openclaw update
-/.openclaw/extensions/**/node_modules/    # openclaw plugins update
-/.openclaw/git/                           # openclaw plugins update
+/.openclaw/dev/                           # the gateway, update
+/.openclaw/extensions/**/node_modules/    # the gateway, plugin update
+/.openclaw/git/                           # the gateway, plugin update
 /.openclaw/logs/                          # the gateway begins new ones
-/.openclaw/npm/                           # openclaw plugins update
+/.openclaw/npm/                           # the gateway, plugin update
 /.openclaw/npm-runtime/                   # the gateway
 /.openclaw/plugin-skills/                 # the gateway
 /.openclaw/sandbox/skills-workspaces/     # the gateway
@@ -37,7 +37,7 @@ const BUILT_IN: &str = "\
 /.openclaw/tools/                         # the gateway
 /.openclaw/**/*.pid                       # the process that it names
 /.openclaw/**/*.sock                      # the process that listens there
-/.openclaw/**/*.update-captures           # openclaw update
+/.openclaw/**/*.update-captures           # the gateway, update
 !/.openclaw/**/workspace*/**              # nobody: a workspace is its user's
 !/.openclaw/sandboxes/**                  # nobody: likewise
 *.sqlite-shm                              # SQLite

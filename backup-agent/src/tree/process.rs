@@ -169,7 +169,7 @@ mod tests {
     #[test]
     fn a_name_cannot_pass_for_the_fields_behind_it() {
         assert_eq!(parse_state(b"7 (a) S 1 (b) T 2 3"), Some(b'T'));
-        assert_eq!(parse_state(b"7 (openclaw-aaaa\xc3) t 2 3"), Some(b't'));
+        assert_eq!(parse_state(b"7 (gateway-aaaaa\xc3) t 2 3"), Some(b't'));
         assert_eq!(parse_state(b"7 (a"), None);
         let status = b"Name:\tUid:\\n\xc3\nState:\tS\nTracerPid:\t9\nUid:\t1\t2\t3\t4\nGid:\t5\n";
         let parsed = parse_status(status).expect("both lines are there");

@@ -11,7 +11,7 @@ mod rounds;
 use std::time::{Duration, Instant};
 
 use serde_json::json;
-use tokio::time::timeout_at;
+use tokio::time::{sleep_until, timeout_at};
 
 use self::{
     plan::{Place, Planned, is_there, missing_layer, plan},
@@ -60,7 +60,10 @@ pub async fn run(
     let last = (begun + bound.mul_f32(0.98)).into();
     let taken = take(config, store, &mut state, &snapshot, plan.base, until);
     let Ok(taken) = timeout_at(last, taken).await else {
-        return Err(late(&mut state, bound, options));
+        // The next run ends its upload earlier. This one is at its end: the bound says so.
+        state.facts.late_tries += 1;
+        state.save()?;
+        return std::future::pending().await;
     };
     let taken = taken?;
     if taken.is_part {
@@ -69,8 +72,10 @@ pub async fn run(
             built_on,
             layers: taken.layers,
         };
-        let bytes = taken.totals.stored_bytes;
-        return Err(leave(&mut state, part, bytes, bound, options));
+        let error = leave(&mut state, part, taken.totals.stored_bytes, bound, options);
+        // What is left of the time is too little for anything that could be kept.
+        sleep_until((begun + bound.saturating_sub(TELLING)).into()).await;
+        return Err(error);
     }
     let was_shrunken = state.facts.shrunken.take().is_some();
     let is_shrunken = plan.place == Place::Head && !was_shrunken && shrank(before, taken.totals);
@@ -175,21 +180,11 @@ fn leave(state: &mut State, part: Part, bytes: u64, bound: Duration, options: &B
     }
 }
 
+/// What a run that keeps a part needs of its bound to say so.
+const TELLING: Duration = Duration::from_millis(2);
+
 /// How often the time for uploading is halved: what is left of it is for the smallest part of a large backup.
 const MOST_HALVED: u32 = 4;
-
-/// Remembers that nothing of a backup could be kept in time, so that the next one ends its upload earlier.
-fn late(state: &mut State, bound: Duration, options: &Backup) -> Error {
-    state.facts.late_tries += 1;
-    if let Err(error) = state.save() {
-        return error;
-    }
-    let longer = longer(&Verb::Backup(options.clone()));
-    Error::Timeout {
-        after: bound,
-        left: format!("the store holds what it held before; {longer}"),
-    }
-}
 
 /// Whether less than a tenth of the files or of the bytes of the snapshot before is left.
 fn shrank(before: Option<(u64, u64)>, now: Totals) -> bool {
