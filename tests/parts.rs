@@ -326,7 +326,6 @@ fn what_ends_a_try_or_loses_its_work_costs_no_more_than_that() {
             let outcome = attempt(&place, &host, &BOUND);
             let said = "the store has lost a part of the last snapshot; a whole new one is taken";
             assert_eq!(outcome.logged(said).len(), 1, "{outcome:?}");
-            assert_ne!(part(&host)["layers"][0], lost["layers"][0]);
             let tries = go_on(&place, &host, &BOUND, |_| {});
             let _ = tries.outcome.expect(0);
             assert_done(&place, &host);
