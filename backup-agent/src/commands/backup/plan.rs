@@ -4,7 +4,6 @@
 
 use std::collections::HashSet;
 
-use futures_util::{StreamExt, TryStreamExt, stream};
 use jiff::Timestamp;
 
 use super::{
@@ -25,7 +24,6 @@ use crate::{
     log,
     snapshot::{
         head::{self, Seen},
-        history::AT_ONCE,
         id,
         record::{self, Layer},
         retention,
@@ -251,18 +249,15 @@ async fn confirm(
 
 /// The key of a layer that the store does not have, if there is one.
 pub async fn missing_layer(store: &dyn Store, layers: &[Layer]) -> Result<Option<String>, Error> {
-    let looked = stream::iter(layers)
-        .map(|layer| async move {
-            let key = record::layer_key(&layer.id);
-            match store.stat(&key).await {
-                Ok(_) => Ok(None),
-                Err(StoreError::NotFound) => Ok(Some(key)),
-                Err(error) => Err(Error::store("look at", key)(error)),
-            }
-        })
-        .buffered(AT_ONCE);
-    let missing: Vec<Option<String>> = looked.try_collect().await?;
-    Ok(missing.into_iter().flatten().next())
+    for layer in layers {
+        let key = record::layer_key(&layer.id);
+        match store.stat(&key).await {
+            Ok(_) => {}
+            Err(StoreError::NotFound) => return Ok(Some(key)),
+            Err(error) => return Err(Error::store("look at", key)(error)),
+        }
+    }
+    Ok(None)
 }
 
 /// In whose name the snapshot is written.
