@@ -31,6 +31,9 @@ pub struct Status {
     uids: [u32; 3],
     /// 0: nobody traces it.
     pub tracer: i32,
+    pub threads: u32,
+    /// It has memory of its own. A thread of the kernel has none, nor has a first thread that has ended.
+    pub has_memory: bool,
 }
 
 impl Status {
@@ -146,6 +149,8 @@ fn parse_status(status: &[u8]) -> Option<Status> {
     Some(Status {
         uids: [uid()?, uid()?, uid()?],
         tracer: field(b"TracerPid:")?.next()?.parse().ok()?,
+        threads: field(b"Threads:")?.next()?.parse().ok()?,
+        has_memory: field(b"VmSize:").is_some(),
     })
 }
 
@@ -171,9 +176,10 @@ mod tests {
         assert_eq!(parse_state(b"7 (a) S 1 (b) T 2 3"), Some(b'T'));
         assert_eq!(parse_state(b"7 (gateway-aaaaa\xc3) t 2 3"), Some(b't'));
         assert_eq!(parse_state(b"7 (a"), None);
-        let status = b"Name:\tUid:\\n\xc3\nState:\tS\nTracerPid:\t9\nUid:\t1\t2\t3\t4\nGid:\t5\n";
-        let parsed = parse_status(status).expect("both lines are there");
-        assert_eq!(parsed.tracer, 9);
+        let status = b"Name:\tUid:\\n\xc3\nState:\tS\nTracerPid:\t9\nUid:\t1\t2\t3\t4\nGid:\t5\nThreads:\t2\n";
+        let parsed = parse_status(status).expect("all lines are there");
+        assert_eq!((parsed.tracer, parsed.threads), (9, 2));
+        assert!(!parsed.has_memory);
         let is_of = |uid| parsed.is_of(Uid::from_raw(uid));
         assert_eq!([1, 2, 3, 4].map(is_of), [true, true, true, false]);
         assert_eq!(parse_status(b"Name:\tx\nTracerPid:\t0\nUid:\t1\t2"), None);

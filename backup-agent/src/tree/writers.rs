@@ -18,7 +18,7 @@ use nix::{
 
 use super::{
     identity::Identity,
-    process::{self, Answer, unless_gone},
+    process::{self, Answer, Status, unless_gone},
 };
 use crate::capabilities;
 
@@ -104,7 +104,10 @@ fn look(user: Uid, end: Instant, found: &Mutex<Unseen>) -> bool {
         }
         match process::status(pid, pid) {
             Ok(Some(status)) if status.is_of(user) => {
-                is_complete &= look_at(pid, found).is_ok();
+                // Nobody of it can write, unless another thread goes on without the first one.
+                if status.has_memory || status.threads > 1 {
+                    is_complete &= look_at(pid, status, found).is_ok();
+                }
             }
             Ok(_) => {}
             Err(_) => is_complete = false,
@@ -113,9 +116,14 @@ fn look(user: Uid, end: Instant, found: &Mutex<Unseen>) -> bool {
     is_complete
 }
 
-fn look_at(pid: Pid, found: &Mutex<Unseen>) -> Result<(), process::Error> {
-    let Some(thread) = live_thread(pid)? else {
-        return Ok(());
+fn look_at(pid: Pid, status: Status, found: &Mutex<Unseen>) -> Result<(), process::Error> {
+    let thread = if status.has_memory {
+        pid
+    } else {
+        let Some(thread) = live_thread(pid)? else {
+            return Ok(());
+        };
+        thread
     };
     let of = format!("/proc/{pid}/task/{thread}");
     let mapped = mapped(&of).map(Option::unwrap_or_default);
@@ -123,12 +131,12 @@ fn look_at(pid: Pid, found: &Mutex<Unseen>) -> Result<(), process::Error> {
         lock(found).inodes.extend(&mapped.inodes);
     }
     // Each says something even where the other one cannot be read.
-    let direct = direct(&of)?.unwrap_or_default();
+    let open = open_files(&of)?.unwrap_or_default();
     let has_aio = mapped.as_ref().is_ok_and(|mapped| mapped.has_aio);
-    let is_in_flight = has_aio || (!direct.is_empty() && has_ring(&of)?);
+    let is_in_flight = has_aio || (open.has_ring && !open.direct.is_empty());
     let mut found = lock(found);
     found.is_any_file_written |= has_aio;
-    found.inodes.extend(direct);
+    found.inodes.extend(open.direct);
     if is_in_flight {
         found.in_flight = Some(pid);
     }
@@ -186,31 +194,47 @@ impl Mapped {
     }
 }
 
-/// Files that the process has open for writing past the cache.
-fn direct(of: &str) -> Answer<Vec<u64>> {
-    let directory = format!("{of}/fdinfo");
+/// What the descriptors of a process say.
+#[derive(Debug, Default)]
+struct Open {
+    /// Inodes of the files that it has open for writing past the cache.
+    direct: Vec<u64>,
+    /// It has a ring of `io_uring_setup(2)`.
+    has_ring: bool,
+}
+
+fn open_files(of: &str) -> Answer<Open> {
+    let directory = format!("{of}/fd");
     let Some(descriptors) = process::numbers(&directory)? else {
         return Ok(None);
     };
-    let mut inodes = Vec::new();
+    let mut open = Open::default();
     for descriptor in descriptors {
         let path = format!("{directory}/{descriptor}");
-        let Some(info) = unless_gone(fs::read(&path), &path)? else {
+        let Some(target) = unless_gone(fs::read_link(&path), &path)? else {
+            continue;
+        };
+        // Pipes, sockets and the like have no path.
+        if !target.is_absolute() {
+            open.has_ring |= target.as_os_str() == "anon_inode:[io_uring]";
+            continue;
+        }
+        let info = format!("{of}/fdinfo/{descriptor}");
+        let Some(info) = unless_gone(fs::read(&info), &info)? else {
             continue;
         };
         let info = Info::parse(&info);
         if !info.is_direct {
             continue;
         }
-        let path = format!("{of}/fd/{descriptor}");
         // Linux before 5.14 does not tell.
         let inode = match info.inode {
             Some(inode) => Some(inode),
             None => unless_gone(fs::metadata(&path).map(|file| file.ino()), &path)?,
         };
-        inodes.extend(inode);
+        open.direct.extend(inode);
     }
-    Ok(Some(inodes))
+    Ok(Some(open))
 }
 
 /// What `fdinfo` says of a descriptor.
@@ -234,19 +258,6 @@ impl Info {
             inode: field(b"ino:").and_then(|inode| inode.parse().ok()),
         }
     }
-}
-
-/// Whether the process has a ring of `io_uring_setup(2)`.
-fn has_ring(of: &str) -> Result<bool, process::Error> {
-    let directory = format!("{of}/fd");
-    for descriptor in process::numbers(&directory)?.unwrap_or_default() {
-        let path = format!("{directory}/{descriptor}");
-        let target = unless_gone(fs::read_link(&path), &path)?;
-        if target.is_some_and(|target| target.as_os_str() == "anon_inode:[io_uring]") {
-            return Ok(true);
-        }
-    }
-    Ok(false)
 }
 
 #[cfg(test)]
