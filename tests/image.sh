@@ -64,7 +64,8 @@ eventually() {
 }
 snapshot_is() { request "$1" POST /v1/backup | grep -q "\"consistency\":\"$2\""; }
 kept() { inside "$1" test -e /data/.openclaw/kept; }
-logged() { docker logs "$prefix-$1" 2>&1 | grep -q -- "$2"; }
+# All of the log is read: who stops at the first match makes docker fail with a broken pipe.
+logged() { docker logs "$prefix-$1" 2>&1 | grep -- "$2" >/dev/null; }
 exits_with() { [ "$(docker inspect -f '{{.State.ExitCode}}' "$prefix-$1")" = "$2" ]; }
 refuses_without_token() {
     local code=0 text

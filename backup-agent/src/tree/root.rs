@@ -40,10 +40,17 @@ impl RootId {
 
     fn new(status: &Statx) -> Self {
         let born = status.stx_btime;
+        let born = born.tv_sec.saturating_mul(1_000_000_000) + i64::from(born.tv_nsec);
+        // What has no device of its own (overlayfs, btrfs) gets another number with each mount, as when a container starts again.
+        let is_numbered_anew = status.stx_dev_major == 0 && born != 0;
         Self {
-            device: rustix::fs::makedev(status.stx_dev_major, status.stx_dev_minor),
+            device: if is_numbered_anew {
+                0
+            } else {
+                rustix::fs::makedev(status.stx_dev_major, status.stx_dev_minor)
+            },
             inode: status.stx_ino,
-            born: born.tv_sec.saturating_mul(1_000_000_000) + i64::from(born.tv_nsec),
+            born,
         }
     }
 }

@@ -24,6 +24,7 @@ use crate::{
         tarball::TRAILER,
         writer::{Halt, LayerWriter},
     },
+    capabilities,
     config::Config,
     error::Error,
     local_index::{Known, LocalIndex, Racy, Unreadable, could_repeat, file_clock},
@@ -181,7 +182,10 @@ pub async fn take(
             layers: &done.layers,
         };
         changes = known.look(config, state, Racy::Changed).await?;
-        if changes.count == 0 {
+        if config.freezer.is_some() && !capabilities::can_trace() {
+            // A process that nobody may look at may write without a trace.
+            doubt = Some(NotFrozen::NoCapability.to_string());
+        } else if changes.count == 0 {
             // Nothing changed since the walk began, so the tree was at any moment in between what was read.
             doubt.clone_from(&changes.doubt);
         }
