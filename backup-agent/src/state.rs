@@ -221,6 +221,8 @@ impl State {
         let from = self.directory.join(INDEX_UNDER_WAY);
         fs::rename(&from, self.directory.join(INDEX_PART)).map_err(Error::local("rename", from))?;
         self.facts.part = Some(part);
+        // What has fitted once may fit twice as large.
+        self.facts.late_tries = self.facts.late_tries.saturating_sub(1);
         self.facts.ended = self.began.max(fine_clock()?);
         self.save()
     }

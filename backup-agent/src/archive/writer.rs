@@ -88,11 +88,6 @@ impl LayerWriter {
         self.frames.waiting() + given.saturating_sub(self.landed())
     }
 
-    /// Bytes that the upload was given, so that some are surely on their way.
-    pub fn given(&self) -> u64 {
-        self.flow.given.load(Relaxed)
-    }
-
     /// Bytes that have arrived.
     pub fn landed(&self) -> u64 {
         self.flow.landed.load(Relaxed)

@@ -79,7 +79,12 @@ pub struct Manner {
     pub is_careful: bool,
     /// By then everything has to have arrived on the store: what does not fit any more is left for the next run.
     pub until: Instant,
+    /// Bytes that are read at most before any has arrived: [`UNKNOWN`], or less after tries that could keep nothing.
+    pub most_unknown: u64,
 }
+
+/// Two parts: one to fill while the other one is on its way.
+pub const UNKNOWN: u64 = 2 * SMALLEST;
 
 /// Why a layer is no good.
 pub enum End {
@@ -201,15 +206,17 @@ impl Pass {
 
     /// Whether what was written until now just fits into the time that is left, judged by how fast it has arrived.
     fn is_late(&self) -> bool {
-        /// Until something has arrived, no more than two parts' worth is on its way: nobody knows how long it takes.
-        const UNKNOWN: u64 = 2 * SMALLEST;
-
         let until = self.manner.until;
+        // Until something has arrived, nobody knows how long that takes. Frames that are full go on by themselves, and so does
+        // a full part: this ends.
         while self.layer.landed() == 0
-            && self.layer.given() > SMALLEST
-            && self.layer.behind() > UNKNOWN
+            && self.layer.behind() > self.manner.most_unknown
             && Instant::now() < until
         {
+            if self.manner.most_unknown < UNKNOWN {
+                // Less than a part: it is on its way only when the layer ends.
+                return true;
+            }
             thread::sleep(Duration::from_millis(1));
         }
         let left = until.saturating_duration_since(Instant::now());

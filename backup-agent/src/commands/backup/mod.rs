@@ -66,6 +66,9 @@ pub async fn run(
         return std::future::pending().await;
     };
     let taken = taken?;
+    if taken.is_part && taken.layers.len() > MOST_KEPT {
+        return std::future::pending().await;
+    }
     if taken.is_part {
         let part = Part {
             name: snapshot,
@@ -185,6 +188,9 @@ const TELLING: Duration = Duration::from_millis(2);
 
 /// How often the time for uploading is halved: what is left of it is for the smallest part of a large backup.
 const MOST_HALVED: u32 = 4;
+
+/// Layers that are kept for the next run at most: a record has room for a few more than these.
+const MOST_KEPT: usize = 100;
 
 /// Whether less than a tenth of the files or of the bytes of the snapshot before is left.
 fn shrank(before: Option<(u64, u64)>, now: Totals) -> bool {

@@ -247,13 +247,13 @@ async fn confirm(
     Ok(None)
 }
 
-/// The key of a layer that the store does not have, if there is one.
+/// The key of a layer that the store does not have to its last byte, if there is one.
 pub async fn missing_layer(store: &dyn Store, layers: &[Layer]) -> Result<Option<String>, Error> {
     for layer in layers {
         let key = record::layer_key(&layer.id);
-        match store.stat(&key).await {
+        match store.get_range(&key, layer.size.saturating_sub(1), 1).await {
             Ok(_) => {}
-            Err(StoreError::NotFound) => return Ok(Some(key)),
+            Err(StoreError::NotFound | StoreError::TooShort) => return Ok(Some(key)),
             Err(error) => return Err(Error::store("look at", key)(error)),
         }
     }

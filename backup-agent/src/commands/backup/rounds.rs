@@ -14,7 +14,7 @@ use std::{
 
 use super::{
     changes::{Capture, Changes, Look, Stop, scan},
-    layer::{End, Inputs, Manner, Pass, Words, Written},
+    layer::{End, Inputs, Manner, Pass, UNKNOWN, Words, Written},
     plan::Base,
 };
 use crate::{
@@ -52,6 +52,9 @@ const MOST_ROUNDS: u32 = 4;
 
 /// What is surely copied to a working file within a millisecond, in bytes: disks behind their cache are faster.
 const COPIED_IN_A_MILLISECOND: u64 = 200 << 10;
+
+/// How often the bytes are halved that a run reads before any has arrived, one time for each try that could keep nothing.
+const MOST_HALVED: u32 = 6;
 
 /// Between two looks at the clock that waits for its next tick.
 const CLOCK_AGAIN: Duration = Duration::from_micros(200);
@@ -586,6 +589,7 @@ async fn write(
         let manner = Manner {
             is_careful: careful_tries > 0,
             until,
+            most_unknown: UNKNOWN >> state.facts.late_tries.min(MOST_HALVED),
         };
         let layer = LayerWriter::new(&layer_id, sink, state.nameless()?, config.effort)?;
         let index = LocalIndex::new(state.index_under_way()?, snapshot, changes.started)?;
