@@ -207,7 +207,7 @@ fn a_store_that_does_not_answer_confirms_nothing() {
     for (kind, key) in [
         (Kind::Get, "head.json"),
         (Kind::Get, "snapshots/"),
-        (Kind::Head, "layers/"),
+        (Kind::Get, "layers/"),
     ] {
         let_pass(&host, HOUR);
         let before = place.objects();
