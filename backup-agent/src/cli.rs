@@ -2,8 +2,7 @@
 
 use std::{num::NonZeroU64, path::PathBuf};
 
-use clap::{Args, Parser, Subcommand};
-use clap_complete::Shell;
+use clap::{Args, Parser, Subcommand, ValueEnum};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -59,6 +58,14 @@ pub enum Verb {
         #[arg(long, value_name = "URL")]
         from: String,
     },
+}
+
+/// A shell that completions can be had for.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub enum Shell {
+    Bash,
+    Fish,
+    Zsh,
 }
 
 /// How to take a snapshot.

@@ -14,12 +14,12 @@ mod verify;
 use std::sync::Arc;
 
 use clap::CommandFactory;
-use clap_complete::Shell;
+use clap_complete::{generate, shells};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use serde_json::Value;
 
 use crate::{
-    cli::{Cli, Verb},
+    cli::{Cli, Shell, Verb},
     config::Config,
     error::Error,
     snapshot::record::Record,
@@ -75,7 +75,12 @@ pub async fn run(config: &Config, store: &Arc<dyn Store>, verb: &Verb) -> Result
 
 fn completions(shell: Shell) -> Answer {
     let mut script = Vec::new();
-    clap_complete::generate(shell, &mut Cli::command(), "backup-agent", &mut script);
+    let (mut command, name) = (Cli::command(), "backup-agent");
+    match shell {
+        Shell::Bash => generate(shells::Bash, &mut command, name, &mut script),
+        Shell::Fish => generate(shells::Fish, &mut command, name, &mut script),
+        Shell::Zsh => generate(shells::Zsh, &mut command, name, &mut script),
+    }
     let text = String::from_utf8_lossy(&script).into_owned();
     Answer::new(text, Value::Null)
 }
