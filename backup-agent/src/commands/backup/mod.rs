@@ -56,7 +56,7 @@ pub async fn run(
     let built_on = plan.base.built_on.clone();
     let goes_on = plan.base.is_part;
     // The last tenth is for the record and the head; more, where that was not enough for the tries before.
-    let until = begun + bound.mul_f32(0.9) / (1 << state.facts.late_tries.min(MOST_HALVED));
+    let until = begun + bound.mul_f32(0.9) / (1 << state.facts.late_tries.min(MOST_TIME_HALVED));
     let last = (begun + bound.mul_f32(0.98)).into();
     let taken = take(config, store, &mut state, &snapshot, plan.base, until);
     let Ok(taken) = timeout_at(last, taken).await else {
@@ -187,7 +187,7 @@ fn leave(state: &mut State, part: Part, bytes: u64, bound: Duration, options: &B
 const TELLING: Duration = Duration::from_millis(2);
 
 /// How often the time for uploading is halved: what is left of it is for the smallest part of a large backup.
-const MOST_HALVED: u32 = 4;
+const MOST_TIME_HALVED: u32 = 4;
 
 /// Layers that are kept for the next run at most: a record has room for a few more than these.
 const MOST_KEPT: usize = 100;

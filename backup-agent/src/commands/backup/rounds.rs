@@ -54,7 +54,7 @@ const MOST_ROUNDS: u32 = 4;
 const COPIED_IN_A_MILLISECOND: u64 = 200 << 10;
 
 /// How often the bytes are halved that a run reads before any has arrived, one time for each try that could keep nothing.
-const MOST_HALVED: u32 = 6;
+const MOST_BYTES_HALVED: u32 = 6;
 
 /// Between two looks at the clock that waits for its next tick.
 const CLOCK_AGAIN: Duration = Duration::from_micros(200);
@@ -589,7 +589,7 @@ async fn write(
         let manner = Manner {
             is_careful: careful_tries > 0,
             until,
-            most_unknown: UNKNOWN >> state.facts.late_tries.min(MOST_HALVED),
+            most_unknown: UNKNOWN >> state.facts.late_tries.min(MOST_BYTES_HALVED),
         };
         let layer = LayerWriter::new(&layer_id, sink, state.nameless()?, config.effort)?;
         let index = LocalIndex::new(state.index_under_way()?, snapshot, changes.started)?;
