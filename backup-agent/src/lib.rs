@@ -25,7 +25,7 @@ use std::{
 
 use clap::Parser;
 
-use crate::{cli::Cli, config::Config, error::Chain};
+use crate::{cli::Cli, config::Config};
 
 /// Does what the command line says, and gives the exit code.
 #[must_use]
@@ -62,10 +62,7 @@ pub fn main() -> ExitCode {
         }
         Err(error) => {
             let (exit, word) = error.code();
-            let mut sentence = Chain(&error).to_string();
-            if let Some(advice) = error.advice() {
-                sentence = format!("{sentence}; {advice}");
-            }
+            let sentence = error.sentence();
             if json {
                 let object = serde_json::json!({ "error": sentence, "code": word });
                 let _ = writeln!(std::io::stdout(), "{object}");

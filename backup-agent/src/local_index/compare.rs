@@ -61,7 +61,15 @@ impl Doubts<'_> {
             });
         }
         if !scan::is_same(&found.entry, known) {
-            return Ok(Judgement::Changed);
+            // A directory that was renamed, as the root is by a restore: its attributes tell.
+            let is_renamed = known.kind == Kind::Dir
+                && known.stamp.is_some_and(|last| last.ino == stamp.ino)
+                && scan::is_alike(&found.entry, known)
+                && self.racy == Racy::Read;
+            return Ok(match is_renamed.then(|| is_equal(found, known)) {
+                Some(Ok(true)) => Judgement::Same,
+                _ => Judgement::Changed,
+            });
         }
         if !self.unseen.contains(&stamp.ino)
             && !could_repeat(stamp.ctime, self.started, self.ended)?

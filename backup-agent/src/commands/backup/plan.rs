@@ -385,7 +385,16 @@ async fn rebuild(
         "there is no local index of the last snapshot; comparing contents",
         &[("snapshot", snapshot.into())],
     );
-    reindex(config, state, &record, &indexes, Trust::Compare).await?;
+    reindex(
+        config,
+        state,
+        &config.root,
+        &record,
+        &indexes,
+        Trust::Compare,
+    )
+    .await?;
+    state.keep_index()?;
     let base = compare(config, state, Which::Last, snapshot, &record.layers).await?;
     Ok(base.map(|base| Base {
         totals: Some((record.totals.files, record.totals.bytes)),
