@@ -14,6 +14,10 @@ const LARGEST_ID: u32 = 0o7_777_777;
 /// What fits into the eleven octal digits of a ustar size or time field.
 const LARGEST_NUMBER: u64 = 0o77_777_777_777;
 
+/// Type of a deletion's member: a volume label, which tar lists and never unpacks. As a regular file it could not be told from
+/// a file of the tree that has such a name, and a name with the prefix may be longer than a file system takes.
+const WHITEOUT: u8 = b'V';
+
 /// Zeros from a length to the next block.
 pub fn padding(length: u64) -> &'static [u8] {
     const ZEROS: [u8; 512] = [0; 512];
@@ -41,7 +45,8 @@ pub fn header(entry: &Entry, segments: Option<&[(u64, u64)]>) -> Vec<u8> {
             name.push(b'/');
             header.set_entry_type(EntryType::Directory);
         }
-        Kind::File | Kind::Deleted => header.set_entry_type(EntryType::Regular),
+        Kind::File => header.set_entry_type(EntryType::Regular),
+        Kind::Deleted => header.set_entry_type(EntryType::new(WHITEOUT)),
         Kind::Symlink => header.set_entry_type(EntryType::Symlink),
         Kind::Hardlink => header.set_entry_type(EntryType::Link),
     }
