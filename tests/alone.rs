@@ -336,10 +336,10 @@ fn change(root: &Path, outside: &Path, choices: &mut Choices) {
         // A file or a link is in the way.
         return;
     }
-    if above
-        .canonicalize()
-        .is_ok_and(|real| !real.starts_with(root.canonicalize().expect("it is there")))
-    {
+    let real = |path: &Path| path.canonicalize().expect("it is there");
+    let inside = above.strip_prefix(root).expect("it is below the root");
+    if real(above) != real(root).join(inside) {
+        // A link leads there.
         return;
     }
     match choices.below(7) {

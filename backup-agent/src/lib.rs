@@ -24,12 +24,15 @@ use std::{
 };
 
 use clap::Parser;
+use nix::sys::stat::{Mode, umask};
 
-use crate::{cli::Cli, config::Config, error::Chain};
+use crate::{cli::Cli, config::Config};
 
 /// Does what the command line says, and gives the exit code.
 #[must_use]
 pub fn main() -> ExitCode {
+    // What is made here has the mode that is asked for, whatever the caller's own files are to get.
+    umask(Mode::S_IWGRP | Mode::S_IWOTH);
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(help) => {
@@ -62,10 +65,7 @@ pub fn main() -> ExitCode {
         }
         Err(error) => {
             let (exit, word) = error.code();
-            let mut sentence = Chain(&error).to_string();
-            if let Some(advice) = error.advice() {
-                sentence = format!("{sentence}; {advice}");
-            }
+            let sentence = error.sentence();
             if json {
                 let object = serde_json::json!({ "error": sentence, "code": word });
                 let _ = writeln!(std::io::stdout(), "{object}");

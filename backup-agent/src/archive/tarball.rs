@@ -5,7 +5,10 @@ use std::sync::LazyLock;
 
 use tar::{EntryType, Header};
 
-use super::entry::{Entry, Kind};
+use super::{
+    entry::{Entry, Kind},
+    line::USER,
+};
 
 /// Bytes of a block; everything in a tarball is padded to it.
 pub const BLOCK: u64 = 512;
@@ -83,7 +86,7 @@ pub fn header(entry: &Entry, segments: Option<&[(u64, u64)]>) -> Vec<u8> {
     {
         record(&mut pax, "linkpath", link);
     }
-    header.set_mode(entry.mode);
+    header.set_mode(entry.plain_mode());
     for (key, id, set) in [
         ("uid", entry.uid, Header::set_uid as fn(&mut Header, u64)),
         ("gid", entry.gid, Header::set_gid),
@@ -103,7 +106,8 @@ pub fn header(entry: &Entry, segments: Option<&[(u64, u64)]>) -> Vec<u8> {
         record(&mut pax, "mtime", decimal_time(entry.mtime).as_bytes());
     }
     header.set_mtime(u64::try_from(seconds).unwrap_or(0).min(LARGEST_NUMBER));
-    for (name, value) in &entry.xattrs {
+    let own = entry.xattrs.iter();
+    for (name, value) in own.filter(|(name, _)| name.starts_with(USER)) {
         // The key ends at the first `=`; GNU tar's way around that.
         let name = name.replace('%', "%25").replace('=', "%3D");
         record(&mut pax, &format!("SCHILY.xattr.{name}"), value);

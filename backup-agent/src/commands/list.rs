@@ -1,6 +1,6 @@
 //! `list`: the snapshots of an instance, newest first, and what keeping them costs.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 use jiff::{SignedDuration, Timestamp};
 use serde_json::json;
@@ -17,19 +17,32 @@ use crate::{
     store::Store,
 };
 
-/// Lists all snapshots; a damaged record is named in the log and does not hide the others.
+/// Lists all snapshots; what is damaged is named and does not hide the others.
 pub async fn run(config: &Config, store: &dyn Store) -> Result<Answer, Error> {
-    let head = head::read(store).await?;
+    let mut damaged = BTreeMap::new();
+    let head = match head::read(store).await {
+        Err(error @ Error::Damaged { .. }) => {
+            damaged.insert(head::KEY.to_owned(), error.sentence());
+            None
+        }
+        other => other?,
+    };
     let newest = head.and_then(|seen| seen.head.snapshot);
     let mut records = Vec::new();
     for read in history::read(store, &record::list(store).await?).await {
         match read {
             Ok(record) => records.push(record),
-            Err(Error::Damaged { key, reason }) => log::warn(
-                "snapshot left out of the list",
-                &[("key", key.into()), ("reason", reason.into())],
-            ),
-            Err(error) => return Err(error),
+            Err(error) => {
+                let sentence = error.sentence();
+                let Error::Damaged { key, .. } = error else {
+                    return Err(error);
+                };
+                log::warn(
+                    "a snapshot is damaged",
+                    &[("error", sentence.clone().into())],
+                );
+                damaged.insert(key, sentence);
+            }
         }
     }
     records.reverse();
@@ -37,7 +50,12 @@ pub async fn run(config: &Config, store: &dyn Store) -> Result<Answer, Error> {
         .into_iter()
         .map(|record| record.id.as_str())
         .collect();
-    let is_fork = |record: &Record| !line.contains(record.id.as_str());
+    // Where it leads to nothing, nobody knows which of them it does not lead to.
+    let is_headless = line.is_empty();
+    let is_fork = |record: &Record| match is_headless {
+        true => record.fork,
+        false => !line.contains(record.id.as_str()),
+    };
     let now = Timestamp::now();
 
     let mut rows = Vec::new();
@@ -102,7 +120,13 @@ pub async fn run(config: &Config, store: &dyn Store) -> Result<Answer, Error> {
             layers.len(),
         ));
     }
-    let json = json!({ "snapshots": list, "layersBytes": bytes, "monthlyUsd": usd });
+    rows.extend(damaged.values().map(|sentence| format!("{sentence}\n")));
+    let json = json!({
+        "snapshots": list,
+        "layersBytes": bytes,
+        "monthlyUsd": usd,
+        "damaged": damaged,
+    });
     Ok(Answer::new(rows.concat(), json))
 }
 

@@ -19,9 +19,10 @@ use sha2::{Digest, Sha256};
 
 use super::{
     cursor::{Cursor, create, is_above},
+    miss::Unread,
     old::Old,
     scan::DIRECTORY,
-    status::Status,
+    status::{Status, forget_acls},
 };
 use crate::{
     archive::{
@@ -57,6 +58,7 @@ impl Applier {
         old: Option<Old>,
         source: String,
     ) -> Result<Self, Error> {
+        forget_acls(&root).map_err(Error::local("remove the ACL of", "."))?;
         let status = fstat(&root).map_err(Error::local("look at", "."))?;
         Ok(Self {
             tree: Cursor::new(root),
@@ -145,7 +147,8 @@ impl Applier {
             return Err(entry.damaged(&self.source, &reason).into());
         }
         self.files += 1;
-        Ok(self.status.set(&file, entry, &self.source)?)
+        let _ = self.status.set(&file, entry, &self.source)?;
+        Ok(())
     }
 
     /// Last pass: makes links, and gives directories their status when everything below them is done.
@@ -160,13 +163,13 @@ impl Applier {
         Ok(())
     }
 
-    /// Ends the tree: what is left open gets its status, and everything reaches the disk.
-    pub fn finish(mut self) -> Result<(u64, u64), Error> {
+    /// Ends the tree: what is left open gets its status, and everything reaches the disk. Gives what the new tree lacks.
+    pub fn finish(mut self) -> Result<(u64, u64, Unread), Error> {
         while let Some(directory) = self.open.pop() {
             self.close(&directory)?;
         }
         nix::unistd::syncfs(self.tree.root()).map_err(Error::local("sync", "the restored tree"))?;
-        Ok((self.files, self.bytes))
+        Ok((self.files, self.bytes, self.status.lost))
     }
 
     /// Gives directories that do not contain `path` their status.
@@ -185,7 +188,8 @@ impl Applier {
             openat(parent, name.as_c_str(), DIRECTORY, Mode::empty())
                 .map_err(Error::local("open", directory.display()))?
         };
-        self.status.set(fd, directory, &self.source)
+        let _ = self.status.set(fd, directory, &self.source)?;
+        Ok(())
     }
 
     fn symlink(&mut self, entry: &Entry) -> Result<(), Error> {

@@ -27,7 +27,7 @@ use nix::{
 };
 use rustix::fs::{CWD, RenameFlags, StatxAttributes, StatxFlags, renameat_with, statx};
 
-use super::{identity::Identity, miss::Miss, read::xattrs, remove::remove, scan::DIRECTORY};
+use super::{identity::Identity, remove::remove, scan::DIRECTORY, status::hand_over_attributes};
 use crate::{error::Error, log};
 
 /// Name of the working directory where it has to be inside of the root; `exclude` leaves it out.
@@ -167,15 +167,8 @@ impl Staging {
     fn hand_over_status(&self, status: &FileStat, root: &Path) -> io::Result<()> {
         let fd = open(root, DIRECTORY, Mode::empty())?;
         fchown(&fd, Some(status.st_uid.into()), Some(status.st_gid.into()))?;
-        let attributes = xattrs(self.fd.as_fd()).map_err(|miss| match miss {
-            Miss::Unread(errno) => errno.into(),
-            Miss::Gone | Miss::LeftOut(_) => io::Error::from(io::ErrorKind::InvalidData),
-        });
-        for (name, value) in attributes? {
-            let flags = rustix::fs::XattrFlags::empty();
-            rustix::fs::fsetxattr(&fd, name.as_str(), &value, flags)?;
-        }
         nix::sys::stat::fchmod(&fd, Mode::from_bits_truncate(status.st_mode))?;
+        hand_over_attributes(self.fd.as_fd(), fd.as_fd())?;
         let time = nix::sys::time::TimeSpec::new(status.st_mtime, status.st_mtime_nsec);
         // Before the time is set: inside of the root, this changes it. What is left is told about later.
         let _ = remove(&self.work);

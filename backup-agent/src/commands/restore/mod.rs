@@ -17,7 +17,7 @@ use serde_json::json;
 use self::keep::{is_continued, is_there_already};
 use super::{
     Answer,
-    choose::{choose, no_snapshot},
+    choose::{choose, no_snapshot, seen},
     claim::{claim, hold, take_over, trust},
     describe, human_bytes,
     unpack::{Unpacked, fetch_indexes, reindex, unpack},
@@ -37,6 +37,7 @@ use crate::{
     store::Store,
     tree::{
         exclude::Selection,
+        miss::Unread,
         old::Old,
         root::{RootId, settle},
         scan::open_root,
@@ -56,6 +57,8 @@ struct Done {
     files: u64,
     bytes: u64,
     downloaded: u64,
+    /// What came back without a part of its status.
+    lost: Unread,
 }
 
 impl Done {
@@ -66,6 +69,7 @@ impl Done {
             files: unpacked.files,
             bytes: unpacked.bytes,
             downloaded: unpacked.downloaded,
+            lost: unpacked.lost,
         }
     }
 }
@@ -90,7 +94,7 @@ pub async fn run(config: &Config, store: &dyn Store, options: &Restore) -> Resul
         return Ok(answer(&done, target, begun));
     }
     if options.dry_run {
-        let seen = head::read(store).await?;
+        let seen = seen(store, wanted, false).await?;
         let record = choose(config, store, wanted, seen.as_ref()).await?;
         let indexes = fetch_indexes(store, &state, &record).await?;
         return super::compare::run(config, &record, &indexes).await;
@@ -103,7 +107,7 @@ pub async fn run(config: &Config, store: &dyn Store, options: &Restore) -> Resul
     }
     Err(Error::Damaged {
         key: head::KEY.to_owned(),
-        reason: "another instance keeps moving it".to_owned(),
+        reason: "another instance keeps moving it; stop that one".to_owned(),
     })
 }
 
@@ -152,7 +156,7 @@ async fn to_target(
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
         Err(error) => return Err(Error::local("list", target)(error)),
     }
-    let seen = head::read(store).await?;
+    let seen = seen(store, wanted, false).await?;
     let record = choose(config, store, wanted, seen.as_ref()).await?;
     let staging = Staging::new(&target, config.identity)?;
     let indexes = fetch_indexes(store, state, &record).await?;
@@ -170,7 +174,7 @@ async fn to_root(
 ) -> Result<Option<Done>, Error> {
     let wanted = &options.snapshot;
     let claimer = config.boot_id.as_deref();
-    let seen = head::read(store).await?;
+    let seen = seen(store, wanted, claimer.is_some()).await?;
     if claimer.is_some() {
         trust(config, store, state).await?;
         if wanted == "latest" && is_continued(config, state, seen.as_ref()).await? {
@@ -208,6 +212,7 @@ async fn to_root(
             files: record.totals.files,
             bytes: record.totals.bytes,
             downloaded: 0,
+            lost: Unread::default(),
         }));
     }
 
@@ -264,6 +269,7 @@ async fn carry_on(
         files: described.files,
         bytes: 0,
         downloaded: 0,
+        lost: Unread::default(),
         described,
     }))
 }
@@ -287,6 +293,7 @@ fn answer(done: &Done, place: &Path, begun: Instant) -> Answer {
             took.as_secs_f64(),
         )
     };
+    let text = text + &lacking(&done.lost);
     let json = json!({
         "snapshot": described.id,
         "time": described.time,
@@ -295,6 +302,22 @@ fn answer(done: &Done, place: &Path, begun: Instant) -> Answer {
         "bytes": done.bytes,
         "bytesDownloaded": done.downloaded,
         "durationMs": u64::try_from(took.as_millis()).unwrap_or(u64::MAX),
+        "attributesLost": done.lost,
     });
     Answer::new(text, json)
+}
+
+/// What a restored tree does without, for people: the log has the reasons.
+fn lacking(lost: &Unread) -> String {
+    let paths = lost.paths.iter();
+    let mut text: String = paths
+        .map(|path| {
+            format!("{path} lacks a part of its status: this file system or user cannot give it\n")
+        })
+        .collect();
+    let unnamed = lost.count - lost.paths.len() as u64;
+    if unnamed > 0 {
+        text += &format!("and {unnamed} more\n");
+    }
+    text
 }
