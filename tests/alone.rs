@@ -249,7 +249,7 @@ fn what_is_missing_or_damaged_fails_in_every_shell() {
             fs::write(instance.join("head.json"), "{\"snapshot\":null}\n").expect("can write");
         }),
         ("the records", |instance| {
-            remove(&instance.join("snapshots"))
+            remove(&instance.join("snapshots"));
         }),
         ("a layer", |instance| {
             remove(&instance.join("layers"));

@@ -353,6 +353,12 @@ fn no_damage_blocks_what_does_not_need_it_and_each_says_what_helps(place: &Place
         let beside = host.json(&["restore", &old, "--target", &path]);
         assert_eq!(beside["snapshot"], old, "{what}");
         std::fs::remove_dir_all(target).expect("it was made");
+        let elsewhere = Host::new(place);
+        assert_eq!(
+            elsewhere.json(&["restore", &old])["snapshot"],
+            old,
+            "{what}"
+        );
         assert_eq!(host.json(&["restore", &old, "--dry-run"])["snapshot"], old);
         if is_head {
             assert_eq!(host.json(&["verify", &new])["damaged"], json!({}), "{what}");
@@ -457,9 +463,10 @@ fn a_base_that_is_damaged_is_mended_by_a_whole_snapshot(place: &Place) {
     for is_layer in [true, false] {
         let newest = place.head()["snapshot"].as_str().map(str::to_owned);
         let newest = newest.expect("it names one");
-        let key = match is_layer {
-            true => new_layer(place, &newest),
-            false => format!("snapshots/{newest}.json"),
+        let key = if is_layer {
+            new_layer(place, &newest)
+        } else {
+            format!("snapshots/{newest}.json")
         };
         let sound = place.objects().remove(&key).expect("it is there");
         if is_layer {

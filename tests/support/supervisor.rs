@@ -462,6 +462,8 @@ pub fn place(from: &Path, to: &Path) {
         let copied = Command::new("cp").arg(from).arg(to).status();
         assert!(copied.is_ok_and(|status| status.success()), "can copy");
     }
+    // Others run it too, whatever the umask of the build was.
+    fs::set_permissions(to, Permissions::from_mode(0o755)).expect("is ours");
 }
 
 /// Where nobody listens.

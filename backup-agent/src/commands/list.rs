@@ -17,44 +17,65 @@ use crate::{
     store::Store,
 };
 
-/// Lists all snapshots; what is damaged is named and does not hide the others.
-pub async fn run(config: &Config, store: &dyn Store) -> Result<Answer, Error> {
+/// What is on the store.
+struct Found {
+    /// The snapshot that the head names.
+    newest: Option<String>,
+    /// Newest first.
+    records: Vec<Record>,
+    /// Sentences about what cannot be trusted, by keys.
+    damaged: BTreeMap<String, String>,
+}
+
+/// Reads the head and all records; one that is damaged hides no other.
+async fn find(store: &dyn Store) -> Result<Found, Error> {
     let mut damaged = BTreeMap::new();
-    let head = match head::read(store).await {
-        Err(error @ Error::Damaged { .. }) => {
-            damaged.insert(head::KEY.to_owned(), error.sentence());
-            None
-        }
-        other => other?,
+    let mut note = |error: Error| {
+        let sentence = error.sentence();
+        let Error::Damaged { key, .. } = error else {
+            return Err(error);
+        };
+        log::warn("damaged", &[("error", sentence.clone().into())]);
+        damaged.insert(key, sentence);
+        Ok(())
     };
-    let newest = head.and_then(|seen| seen.head.snapshot);
+    let head = match head::read(store).await {
+        Ok(head) => head,
+        Err(error) => note(error).map(|()| None)?,
+    };
     let mut records = Vec::new();
     for read in history::read(store, &record::list(store).await?).await {
         match read {
             Ok(record) => records.push(record),
-            Err(error) => {
-                let sentence = error.sentence();
-                let Error::Damaged { key, .. } = error else {
-                    return Err(error);
-                };
-                log::warn(
-                    "a snapshot is damaged",
-                    &[("error", sentence.clone().into())],
-                );
-                damaged.insert(key, sentence);
-            }
+            Err(error) => note(error)?,
         }
     }
     records.reverse();
+    Ok(Found {
+        newest: head.and_then(|seen| seen.head.snapshot),
+        records,
+        damaged,
+    })
+}
+
+/// Lists all snapshots; what is damaged is named and does not hide the others.
+pub async fn run(config: &Config, store: &dyn Store) -> Result<Answer, Error> {
+    let Found {
+        newest,
+        records,
+        damaged,
+    } = find(store).await?;
     let line: HashSet<&str> = history::line(&records, newest.as_deref())
         .into_iter()
         .map(|record| record.id.as_str())
         .collect();
     // Where it leads to nothing, nobody knows which of them it does not lead to.
-    let is_headless = line.is_empty();
-    let is_fork = |record: &Record| match is_headless {
-        true => record.fork,
-        false => !line.contains(record.id.as_str()),
+    let is_fork = |record: &Record| {
+        if line.is_empty() {
+            record.fork
+        } else {
+            !line.contains(record.id.as_str())
+        }
     };
     let now = Timestamp::now();
 

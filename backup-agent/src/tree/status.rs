@@ -148,7 +148,7 @@ impl Status {
                 return Err(entry.damaged(source, "it has an attribute that is not user.*"));
             }
         }
-        self.set_mode(fd, entry, is_owned, &mut losses)?;
+        Self::set_mode(fd, entry, is_owned, &mut losses)?;
         for (name, value) in &entry.xattrs {
             if name == CAPABILITIES && !(self.is_owner_kept && is_owned) {
                 // They would be lent by somebody else.
@@ -166,11 +166,10 @@ impl Status {
         let time = time_spec(entry.mtime);
         let is_set = losses.note("its time", futimens(fd, &time, &time), entry)?;
         losses.note_time(is_set, &time, || fstat(fd), entry)?;
-        Ok(self.lose(entry, losses))
+        Ok(self.lose(entry, &losses))
     }
 
     fn set_mode(
-        &self,
         fd: BorrowedFd<'_>,
         entry: &Entry,
         is_owned: bool,
@@ -217,12 +216,12 @@ impl Status {
         let is_set = losses.note("its time", done, entry)?;
         let look = || fstatat(parent, name, AtFlags::AT_SYMLINK_NOFOLLOW);
         losses.note_time(is_set, &time, look, entry)?;
-        let _ = self.lose(entry, losses);
+        let _ = self.lose(entry, &losses);
         Ok(())
     }
 
     /// Takes note of what an entry lost; whether that is nothing.
-    fn lose(&mut self, entry: &Entry, losses: Losses) -> bool {
+    fn lose(&mut self, entry: &Entry, losses: &Losses) -> bool {
         if losses.0.is_empty() {
             return true;
         }
@@ -246,7 +245,7 @@ pub fn forget_acls(directory: impl AsFd) -> Result<(), Errno> {
 
     for name in SYSTEM.iter().filter(|name| **name != CAPABILITIES) {
         match fremovexattr(&directory, *name) {
-            Ok(()) | Err(Error::NODATA | Error::NOTSUP) => {}
+            Ok(()) | Err(Error::NODATA | Error::NOTSUP | Error::NOSYS) => {}
             Err(error) => return Err(errno(error)),
         }
     }

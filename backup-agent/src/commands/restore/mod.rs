@@ -309,15 +309,13 @@ fn answer(done: &Done, place: &Path, begun: Instant) -> Answer {
 
 /// What a restored tree does without, for people: the log has the reasons.
 fn lacking(lost: &Unread) -> String {
-    let paths = lost.paths.iter();
-    let mut text: String = paths
-        .map(|path| {
-            format!("{path} lacks a part of its status: this file system or user cannot give it\n")
-        })
-        .collect();
+    let line = |path: &String| {
+        format!("{path} lacks a part of its status: this file system or user cannot give it\n")
+    };
+    let mut lines: Vec<String> = lost.paths.iter().map(line).collect();
     let unnamed = lost.count - lost.paths.len() as u64;
     if unnamed > 0 {
-        text += &format!("and {unnamed} more\n");
+        lines.push(format!("and {unnamed} more\n"));
     }
-    text
+    lines.concat()
 }
