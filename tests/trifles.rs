@@ -61,13 +61,13 @@ fn mode(path: &Path) -> u32 {
 }
 
 /// A file system of its own; `None`, with a word about it, where this machine cannot make one.
-fn ext4(folder: &Path, name: &str, make: &[&str], options: &str) -> Option<(Mount, PathBuf)> {
+fn ext4(folder: &Path, name: &str, flags: &[&str], options: &str) -> Option<(Mount, PathBuf)> {
     let (image, at) = (folder.join(format!("{name}.image")), folder.join(name));
     let file = File::create(&image).expect("can make a file");
     file.set_len(32 << 20).expect("it can be sparse");
     let made = Command::new("mkfs.ext4")
         .args(["-q", "-b", "4096"])
-        .args(make)
+        .args(flags)
         .arg(&image)
         .output();
     if !made.as_ref().is_ok_and(|made| made.status.success()) {
@@ -315,13 +315,14 @@ fn an_acl_that_cannot_come_back_gives_nobody_its_rights() {
     assert_eq!(&data[member + 100..member + 107], b"0000640");
 }
 
+/// `cap_net_bind_service=ep`, in version 2.
+const BIND: [u8; 20] = [1, 0, 0, 2, 0, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+
 #[test]
 fn capabilities_and_set_id_bits_come_back_with_their_owner_only() {
     if !is_root() {
         return;
     }
-    /// `cap_net_bind_service=ep`, in version 2.
-    const BIND: [u8; 20] = [1, 0, 0, 2, 0, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
     let place = Place::directory();
     let host = Host::new(&place);
     tree::write(&host.root, "program", "program");
