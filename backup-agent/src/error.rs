@@ -115,6 +115,11 @@ impl Error {
     pub fn advice(&self) -> Option<String> {
         use io::ErrorKind as Kind;
 
+        if let Self::Damaged { key, reason } = self {
+            // Some reasons say it themselves.
+            let is_said = reason.contains("; ");
+            return mend(key).filter(|_| !is_said).map(str::to_owned);
+        }
         let (Self::Local { source, .. }
         | Self::Store {
             source: StoreError::Io(source),
@@ -166,6 +171,24 @@ impl Error {
                 (if *signal == 2 { 130 } else { 143 }, "interrupted")
             }
         }
+    }
+}
+
+/// What helps when an object of an instance is damaged.
+pub fn mend(key: &str) -> Option<&'static str> {
+    match key.split_once('/').map_or(key, |(folder, _)| folder) {
+        "head.json" => Some(
+            "`backup-agent list` shows the snapshots, `backup-agent restore ID` brings one back, and `backup-agent backup` \
+             after that writes a new head",
+        ),
+        "snapshots" => Some(
+            "`backup-agent list` shows the others, and `backup-agent restore ID` brings one of them back",
+        ),
+        "layers" => Some(
+            "`backup-agent verify all` says what that costs, `backup-agent restore ID` brings a whole snapshot back, and \
+             `backup-agent backup --whole` takes a new one that needs no earlier layer",
+        ),
+        _ => None,
     }
 }
 

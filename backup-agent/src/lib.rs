@@ -24,12 +24,15 @@ use std::{
 };
 
 use clap::Parser;
+use nix::sys::stat::{Mode, umask};
 
 use crate::{cli::Cli, config::Config};
 
 /// Does what the command line says, and gives the exit code.
 #[must_use]
 pub fn main() -> ExitCode {
+    // What is made here has the mode that is asked for, whatever the caller's own files are to get.
+    umask(Mode::S_IWGRP | Mode::S_IWOTH);
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(help) => {

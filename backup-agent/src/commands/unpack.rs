@@ -25,17 +25,19 @@ use crate::{
     state::{State, Which},
     store::Store,
     tree::{
-        apply::Applier, cursor::is_above, exclude::Selection, identity::with_identity, old::Old,
-        staging::Staging,
+        apply::Applier, cursor::is_above, exclude::Selection, identity::with_identity,
+        miss::Unread, old::Old, staging::Staging,
     },
 };
 
 /// What it took.
-#[derive(Clone, Copy)]
+#[derive(Clone)]
 pub struct Unpacked {
     pub files: u64,
     pub bytes: u64,
     pub downloaded: u64,
+    /// What came back without a part of its status.
+    pub lost: Unread,
 }
 
 /// Fetches the indexes of all layers of a snapshot, oldest first.
@@ -128,11 +130,12 @@ pub async fn unpack(
         }
         applier.finish()
     };
-    let (files, bytes) = with_identity(config.identity, "writer", complete).await??;
+    let (files, bytes, lost) = with_identity(config.identity, "writer", complete).await??;
     Ok(Unpacked {
         files,
         bytes,
         downloaded,
+        lost,
     })
 }
 

@@ -5,7 +5,11 @@ use std::{ffi::CString, fs::File, path::Path};
 
 use nix::{fcntl::AtFlags, sys::stat::fstatat};
 
-use super::{LocalIndex, UNDER_WAY, compare::is_equal, file_clock};
+use super::{
+    LocalIndex, UNDER_WAY,
+    compare::{is_equal, lacks_attributes},
+    file_clock,
+};
 use crate::{
     archive::{
         entry::{Entry, Kind, compare},
@@ -56,7 +60,10 @@ pub fn adopt(
             let mut entry = word.entry;
             if trust == Trust::Restored && entry.kind != Kind::Deleted {
                 // The owner may be another one here.
-                let restored = found.entry.clone();
+                let mut restored = found.entry.clone();
+                if let Some(stamp) = &mut restored.stamp {
+                    stamp.is_bare = !entry.xattrs.is_empty() && lacks_attributes(found, &entry);
+                }
                 entry = Entry {
                     sha256: entry.sha256,
                     extents: entry.extents,

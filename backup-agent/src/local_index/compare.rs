@@ -118,6 +118,16 @@ pub fn is_equal(found: &Found<'_>, known: &Entry) -> Result<bool, Miss> {
     }
 }
 
+/// Whether a file or directory does not have the attributes that the index has, though it was made so a moment ago.
+pub fn lacks_attributes(found: &Found<'_>, known: &Entry) -> bool {
+    let has_all = match found.directory {
+        Some(directory) => read::has_xattrs(directory, known),
+        None => read::open(found.parent, found.name)
+            .and_then(|content| read::has_xattrs(content.file(), known)),
+    };
+    has_all == Ok(false)
+}
+
 /// Reads all that a snapshot has of a file or directory, to see whether that works again.
 fn read_all(found: &Found<'_>) -> Result<(), Miss> {
     if let Some(directory) = found.directory {

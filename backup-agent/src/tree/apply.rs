@@ -23,10 +23,11 @@ use sha2::{Digest, Sha256};
 
 use super::{
     cursor::{Cursor, create, is_above},
+    miss::Unread,
     old::Old,
     read::{self, Content},
     scan::{self, DIRECTORY},
-    status::Status,
+    status::{Status, forget_acls},
 };
 use crate::{
     archive::{
@@ -66,6 +67,7 @@ impl Applier {
         old: Option<Old>,
         source: String,
     ) -> Result<Self, Error> {
+        forget_acls(&root).map_err(Error::local("remove the ACL of", "."))?;
         let status = fstat(&root).map_err(Error::local("look at", "."))?;
         Ok(Self {
             tree: Cursor::new(root),
@@ -87,9 +89,11 @@ impl Applier {
         let (parent, name) = self.tree.place(entry, &self.source)?;
         match mkdirat(parent, name.as_c_str(), Mode::S_IRWXU) {
             Err(Errno::EEXIST) if self.is_resumed => {
-                // It may have got the mode that it has at last.
-                let way = Mode::S_IRWXU;
-                fchmodat(parent, name.as_c_str(), way, FchmodatFlags::NoFollowSymlink)
+                // It may have got the mode and the ACL that it has at last.
+                let (way, flags) = (Mode::S_IRWXU, FchmodatFlags::NoFollowSymlink);
+                fchmodat(parent, name.as_c_str(), way, flags)
+                    .and_then(|()| openat(parent, name.as_c_str(), DIRECTORY, Mode::empty()))
+                    .and_then(forget_acls)
                     .map_err(Error::local("open", entry.display()))
             }
             made => made.map_err(Error::local("make", entry.display())),
@@ -219,7 +223,8 @@ impl Applier {
         }
         self.files += 1;
         self.bytes += entry.data();
-        Ok(self.status.set(&file, entry, &self.source)?)
+        let _ = self.status.set(&file, entry, &self.source)?;
+        Ok(())
     }
 
     /// Last pass: makes links, and gives directories their status when everything below them is done.
@@ -234,13 +239,13 @@ impl Applier {
         Ok(())
     }
 
-    /// Ends the tree: what is left open gets its status, and everything reaches the disk.
-    pub fn finish(mut self) -> Result<(u64, u64), Error> {
+    /// Ends the tree: what is left open gets its status, and everything reaches the disk. Gives what the new tree lacks.
+    pub fn finish(mut self) -> Result<(u64, u64, Unread), Error> {
         while let Some(directory) = self.open.pop() {
             self.close(&directory)?;
         }
         nix::unistd::syncfs(self.tree.root()).map_err(Error::local("sync", "the restored tree"))?;
-        Ok((self.files, self.bytes))
+        Ok((self.files, self.bytes, self.status.lost))
     }
 
     /// Gives directories that do not contain `path` their status.
@@ -259,7 +264,8 @@ impl Applier {
             openat(parent, name.as_c_str(), DIRECTORY, Mode::empty())
                 .map_err(Error::local("open", directory.display()))?
         };
-        self.status.set(fd, directory, &self.source)
+        let _ = self.status.set(fd, directory, &self.source)?;
+        Ok(())
     }
 
     fn symlink(&mut self, entry: &Entry) -> Result<(), Error> {

@@ -25,11 +25,9 @@ use rustix::fs::{AtFlags, CWD, RenameFlags, mkdirat, renameat, renameat_with, un
 use serde::{Deserialize, Serialize};
 
 use super::{
-    miss::Miss,
-    read::xattrs,
     root::RootId,
     staging::{INSIDE, Journal, NEW, Work, is_there, names, open_directory, rename_free},
-    status::time_spec,
+    status::{hand_over_attributes, time_spec},
 };
 use crate::{
     archive::entry::display,
@@ -305,8 +303,9 @@ impl<'a> Swap<'a> {
             mtime: self.moves.mtime,
             ..Status::of(&status)
         };
-        self.hand_over_attributes()
-            .and_then(|()| Ok(status.set(&self.root)?))
+        status
+            .set(&self.root)
+            .and_then(|()| hand_over_attributes(self.new.as_fd(), self.root.as_fd()))
             .map_err(Error::local("set the status of", self.path))?;
         // From here on the new tree is the root.
         self.work.discard(OLD)?;
@@ -437,18 +436,6 @@ impl<'a> Swap<'a> {
             }
             number += 1;
         }
-    }
-
-    fn hand_over_attributes(&self) -> io::Result<()> {
-        let attributes = xattrs(self.new.as_fd()).map_err(|miss| match miss {
-            Miss::Unread(errno) => errno.into(),
-            Miss::Gone | Miss::LeftOut(_) => io::Error::from(io::ErrorKind::InvalidData),
-        });
-        for (name, value) in attributes? {
-            let flags = rustix::fs::XattrFlags::empty();
-            rustix::fs::fsetxattr(&self.root, name.as_str(), &value, flags)?;
-        }
-        Ok(())
     }
 
     fn tell(&self, late: &[String], message: &'static str) {

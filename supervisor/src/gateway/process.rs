@@ -9,10 +9,12 @@ use std::os::unix::fs::MetadataExt as _;
 use std::os::unix::process::CommandExt as _;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::sync::OnceLock;
 
 use nix::sys::prctl;
 use nix::sys::resource::setrlimit;
 use nix::sys::signal::Signal;
+use nix::sys::stat::{Mode, umask};
 use nix::unistd::{self, Gid, Uid};
 
 use crate::config::{Config, Limit};
@@ -136,6 +138,16 @@ pub fn command(config: &Config, program: &OsStr, arguments: &[impl AsRef<OsStr>]
     command
 }
 
+/// The umask that we were started with, which is the gateway's.
+static UMASK: OnceLock<Mode> = OnceLock::new();
+
+/// Gives this process a umask of its own: its files have the mode that is asked for.
+pub fn keep_umask() {
+    let inherited = umask(Mode::S_IWGRP | Mode::S_IWOTH);
+    // A second call would keep ours.
+    let _ = UMASK.set(inherited);
+}
+
 /// What a shell reports for a program that is not there, or cannot be executed.
 pub const NOT_FOUND: i32 = 127;
 pub const CANNOT_EXECUTE: i32 = 126;
@@ -154,11 +166,15 @@ fn isolate(command: &mut Command, root: CString, limits: Vec<Limit>, user: User)
     let is_root = unistd::geteuid().is_root();
     let keeps_privileges = user.uid.is_root();
     let oom_score = oom::score_of_gateway();
+    let mask = UMASK.get().copied();
     let hook = move || {
         // First, while nobody but root can signal us: our handlers write to pipes that we still share with the supervisor.
         // The mask was emptied by `std` itself.
         reset_signals();
         oom::set_score(oom_score);
+        if let Some(mask) = mask {
+            umask(mask);
+        }
         for limit in &limits {
             setrlimit(limit.resource, limit.value, limit.value)?;
         }

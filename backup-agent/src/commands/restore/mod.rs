@@ -17,7 +17,7 @@ use serde_json::json;
 use self::keep::{is_continued, is_there_already};
 use super::{
     Answer,
-    choose::{choose, no_snapshot},
+    choose::{choose, no_snapshot, seen},
     claim::{claim, hold, take_over, trust},
     describe, human_bytes,
     unpack::{Unpacked, fetch_indexes, reindex, restamp, unpack},
@@ -38,6 +38,7 @@ use crate::{
     store::Store,
     tree::{
         exclude::Selection,
+        miss::Unread,
         old::Old,
         root::{RootId, settle},
         scan::open_root,
@@ -60,6 +61,8 @@ struct Done {
     downloaded: u64,
     /// What is left to do by the next run.
     warning: Option<String>,
+    /// What came back without a part of its status.
+    lost: Unread,
 }
 
 impl Done {
@@ -71,6 +74,7 @@ impl Done {
             bytes: unpacked.bytes,
             downloaded: unpacked.downloaded,
             warning: None,
+            lost: unpacked.lost,
         }
     }
 }
@@ -100,7 +104,7 @@ pub async fn run(
         return Ok(answer(&done, target, begun));
     }
     if options.dry_run {
-        let seen = head::read(store).await?;
+        let seen = seen(store, wanted, false).await?;
         let record = choose(config, store, wanted, seen.as_ref()).await?;
         let indexes = fetch_indexes(store, &state, &record).await?;
         return super::compare::run(config, &record, &indexes).await;
@@ -113,7 +117,7 @@ pub async fn run(
     }
     Err(Error::Damaged {
         key: head::KEY.to_owned(),
-        reason: "another instance keeps moving it".to_owned(),
+        reason: "another instance keeps moving it; stop that one".to_owned(),
     })
 }
 
@@ -192,7 +196,7 @@ async fn to_target(
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
         Err(error) => return Err(Error::local("list", target)(error)),
     }
-    let seen = head::read(store).await?;
+    let seen = seen(store, wanted, false).await?;
     let record = choose(config, store, wanted, seen.as_ref()).await?;
     // Of a selection, nobody goes on with a part.
     let source = selection.is_none().then(|| record.id.clone());
@@ -259,7 +263,7 @@ async fn to_root(
 ) -> Result<Option<Done>, Error> {
     let wanted = &options.snapshot;
     let claimer = config.boot_id.as_deref();
-    let seen = head::read(store).await?;
+    let seen = seen(store, wanted, claimer.is_some()).await?;
     if claimer.is_some() {
         trust(config, store, state).await?;
         if wanted == "latest" && is_continued(config, state, seen.as_ref()).await? {
@@ -298,6 +302,7 @@ async fn to_root(
             bytes: record.totals.bytes,
             downloaded: 0,
             warning: None,
+            lost: Unread::default(),
         }));
     }
 
@@ -410,6 +415,7 @@ async fn carry_on(
         bytes: 0,
         downloaded: 0,
         warning: None,
+        lost: Unread::default(),
         described,
     }))
 }
@@ -433,6 +439,7 @@ fn answer(done: &Done, place: &Path, begun: Instant) -> Answer {
             took.as_secs_f64(),
         )
     };
+    let text = text + &lacking(&done.lost);
     let json = json!({
         "snapshot": described.id,
         "time": described.time,
@@ -442,6 +449,20 @@ fn answer(done: &Done, place: &Path, begun: Instant) -> Answer {
         "bytesDownloaded": done.downloaded,
         "durationMs": u64::try_from(took.as_millis()).unwrap_or(u64::MAX),
         "warning": done.warning,
+        "attributesLost": done.lost,
     });
     Answer::new(text, json)
+}
+
+/// What a restored tree does without, for people: the log has the reasons.
+fn lacking(lost: &Unread) -> String {
+    let line = |path: &String| {
+        format!("{path} lacks a part of its status: this file system or user cannot give it\n")
+    };
+    let mut lines: Vec<String> = lost.paths.iter().map(line).collect();
+    let unnamed = lost.count - lost.paths.len() as u64;
+    if unnamed > 0 {
+        lines.push(format!("and {unnamed} more\n"));
+    }
+    lines.concat()
 }
