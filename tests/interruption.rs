@@ -201,6 +201,10 @@ fn time_that_runs_out_at_any_step_of_a_restore_changes_nothing() {
             let _ = person.run(&["restore"]).expect(124);
             assert_same(&before, &describe(&person.root));
             assert_eq!(objects, place.objects());
+            // Only what the next restore goes on with.
+            person.set("RUNTIME_RESTORE_TIMEOUT", "10m");
+            place.s3().clear_faults();
+            let _ = person.run(&["restore"]).expect(0);
             assert_eq!(person.leftovers(), [""; 0], "{effect:?} of {key}");
         }
     }
@@ -250,7 +254,7 @@ fn a_kill_in_the_middle_of_a_restore_is_mended_by_the_next() {
 }
 
 #[test]
-fn a_signal_in_the_middle_of_a_restore_leaves_the_root_and_nothing_beside_it() {
+fn a_signal_in_the_middle_of_a_restore_leaves_the_root_and_what_the_next_one_goes_on_with() {
     let place = Place::memory();
     let (mut host, _) = host(&place);
     host.backup();
@@ -270,6 +274,10 @@ fn a_signal_in_the_middle_of_a_restore_leaves_the_root_and_nothing_beside_it() {
     running.signal(Signal::TERM);
     let _ = running.wait().expect(143);
     assert_same(&before, &describe(&host.root));
+    place.s3().clear_faults();
+    let next = host.run(&["restore", "--json"]).expect(0);
+    let going_on = next.logged("going on with what an earlier restore has unpacked");
+    assert_eq!(going_on.len(), 1);
     assert_eq!(host.leftovers(), [""; 0]);
 }
 

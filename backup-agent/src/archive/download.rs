@@ -1,8 +1,10 @@
 //! Fetches parts of layers from the store: the wanted frames and nothing else, neighbours with one request, several requests
 //! on their way at once. What came is for others to judge; a frame that they doubt is fetched once more.
 
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use hyper::body::Bytes;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{Semaphore, mpsc, oneshot};
 
 use super::frames::Frame;
 use crate::{
@@ -75,6 +77,46 @@ pub struct Download {
     layer: Layer,
     requests: Vec<Request>,
     lanes: Vec<Supply>,
+    start: Start,
+}
+
+/// How many requests are on their way at first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Start {
+    /// As many as ever.
+    Full,
+    /// One, until so much has come as one brings: with little time and a slow store, it alone may come.
+    Slow,
+}
+
+/// How many requests may be on their way: as many as there are permits.
+struct Gate {
+    permits: Semaphore,
+    /// Bytes that have to come until all lanes may be under way.
+    until_full: AtomicU64,
+}
+
+impl Gate {
+    fn new(start: Start) -> Self {
+        let (permits, until_full) = match start {
+            Start::Full => (LANES, 0),
+            Start::Slow => (1, RANGE / 2),
+        };
+        Self {
+            permits: Semaphore::new(permits),
+            until_full: AtomicU64::new(until_full),
+        }
+    }
+
+    /// Takes note of what has come.
+    fn pass(&self, bytes: u64) {
+        let left = self.until_full.load(Ordering::Relaxed);
+        self.until_full
+            .store(left.saturating_sub(bytes), Ordering::Relaxed);
+        if left > 0 && bytes >= left {
+            self.permits.add_permits(LANES - 1);
+        }
+    }
 }
 
 /// The store's ends of one unpacking thread.
@@ -99,7 +141,7 @@ struct Again {
 
 impl Download {
     /// A download of what was planned, and what will come of it: a lane each, and requests go round the lanes in turn.
-    pub fn new(layer: &Layer, requests: Vec<Request>) -> (Self, Vec<Arrivals>) {
+    pub fn new(layer: &Layer, requests: Vec<Request>, start: Start) -> (Self, Vec<Arrivals>) {
         let lane = |_| {
             let (sender, ranges) = mpsc::channel(1);
             let (asks, again) = mpsc::channel(1);
@@ -118,6 +160,7 @@ impl Download {
             layer: layer.clone(),
             requests,
             lanes,
+            start,
         };
         (download, arrivals)
     }
@@ -128,8 +171,10 @@ impl Download {
             layer,
             requests,
             lanes,
+            start,
         } = self;
         let key = layer_key(&layer.id);
+        let gate = Gate::new(start);
         let mut lanes = lanes.into_iter();
         let mut run = |first: usize| {
             let supply = lanes.next();
@@ -139,7 +184,7 @@ impl Download {
                 .step_by(LANES)
                 .cloned()
                 .collect();
-            lane(store, &key, mine, supply)
+            lane(store, &key, mine, supply, &gate)
         };
         let (a, b, c, d) = tokio::join!(run(0), run(1), run(2), run(3));
         Ok(a? + b? + c? + d?)
@@ -151,6 +196,7 @@ async fn lane(
     key: &str,
     requests: Vec<Request>,
     supply: Option<Supply>,
+    gate: &Gate,
 ) -> Result<u64, Error> {
     let mut got = 0;
     let Some(Supply { ranges, mut again }) = supply else {
@@ -167,7 +213,11 @@ async fn lane(
         let Ok(place) = place else {
             break;
         };
+        // In turn, as the requests are: the semaphore is fair, and is never closed.
+        let permit = gate.permits.acquire().await;
         let bytes = range(store, key, request.offset, request.length).await?;
+        drop(permit);
+        gate.pass(request.length);
         got += request.length;
         place.send((request, bytes));
     }

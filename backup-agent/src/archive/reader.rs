@@ -10,7 +10,7 @@ use sha2::{Digest, Sha256};
 use zstd::bulk::Decompressor;
 
 use super::{
-    download::{Arrivals, Download, plan},
+    download::{Arrivals, Download, Start, plan},
     frames::Frame,
     layer_index::LayerIndex,
     writer::Halt,
@@ -64,10 +64,11 @@ pub fn stream(
     index: &LayerIndex,
     wanted: &[bool],
     check: Check,
+    start: Start,
 ) -> Result<(Download, RawStream), Error> {
     let requests = plan(&index.frames, wanted);
     let due: Vec<usize> = requests.iter().map(|r| r.frames.len()).collect();
-    let (download, arrivals) = Download::new(&index.layer, requests);
+    let (download, arrivals) = Download::new(&index.layer, requests, start);
     let mut lanes = Vec::new();
     for arrivals in arrivals {
         let (frames, unpacked) = sync_channel(0);

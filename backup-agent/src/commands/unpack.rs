@@ -10,6 +10,7 @@ use nix::unistd::Uid;
 
 use crate::{
     archive::{
+        download::Start,
         entry::{Entry, Kind},
         extents::Extent,
         layer_index::LayerIndex,
@@ -66,6 +67,7 @@ pub async fn unpack(
     let is_owner_kept = Uid::effective().is_root() && config.identity.is_none();
     let source = record::key(&record.id);
     let is_resumed = staging.is_resumed();
+    let start = if is_resumed { Start::Slow } else { Start::Full };
     let mut applier = Applier::new(staging.fd()?, is_resumed, is_owner_kept, old, source)?;
     let mut merge = Merge::new(indexes)?;
     let mut plan = Plan::new(indexes);
@@ -103,7 +105,7 @@ pub async fn unpack(
     for ((index, wanted), live) in indexes.iter().zip(&plan.wanted).zip(&mut live) {
         // Without frames too: some files have no data.
         let Some(wanted) = wanted else { continue };
-        let (download, raw) = stream(index, wanted, Check::Unpack)?;
+        let (download, raw) = stream(index, wanted, Check::Unpack, start)?;
         let entries = Source::new(index)?;
         let marks = std::mem::take(live);
         let write = with_identity(config.identity, "writer", move || {

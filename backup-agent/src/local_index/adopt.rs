@@ -105,12 +105,14 @@ pub fn restamp(index: &Spool, root: &Path, file: File) -> Result<(), Error> {
             // What is gone, or somebody else's by now, keeps its stamp and counts as changed.
             if let Ok(status) = fstatat(&directory, name.as_c_str(), flags) {
                 let found = scan::entry(&entry.path, entry.kind, &status);
-                let is_same_file = found.stamp.is_some_and(|now| now.ino == stamp.ino);
+                // The root itself is not the directory that the index was made of.
+                let is_same_file =
+                    entry.path.is_empty() || found.stamp.is_some_and(|now| now.ino == stamp.ino);
                 let is_alike = (found.mode, found.uid, found.gid, found.mtime)
                     == (entry.mode, entry.uid, entry.gid, entry.mtime)
                     && (entry.kind != Kind::File || found.size == entry.size);
                 if let Some(now) = found.stamp.filter(|_| is_same_file && is_alike) {
-                    stamp.ctime = now.ctime;
+                    *stamp = now;
                 }
             }
         }

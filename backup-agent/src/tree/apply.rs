@@ -146,7 +146,7 @@ impl Applier {
         let status = content.as_ref().map(Content::status);
         // Another name of it would be changed, too.
         if let Some(status) = status.filter(|status| status.st_nlink == 1)
-            && read::size(status) <= entry.size
+            && (1..=entry.size).contains(&read::size(status))
         {
             return Ok(read::size(status));
         }

@@ -7,16 +7,19 @@ use std::{
     ffi::{CStr, OsString},
     fs::{self, File},
     io::{self, Read, Write},
-    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    os::{
+        fd::{AsFd, BorrowedFd, OwnedFd},
+        unix::fs::MetadataExt,
+    },
     path::{Path, PathBuf},
     thread,
-    time::{Duration, SystemTime},
 };
 
 use nix::{errno::Errno, sys::stat::Mode, unistd::fchown};
 use rustix::fs::{
-    AtFlags, CWD, Dir, FlockOperation, OFlags, RenameFlags, StatxAttributes, StatxFlags, flock,
-    fstat, mkdirat, openat, renameat, renameat_with, statat, statx, unlinkat,
+    AtFlags, CWD, Dir, FlockOperation, OFlags, RenameFlags, StatxAttributes, StatxFlags, Timespec,
+    Timestamps, flock, fstat, mkdirat, openat, renameat, renameat_with, statat, statx, unlinkat,
+    utimensat,
 };
 use serde::{Deserialize, Serialize};
 
@@ -39,9 +42,6 @@ const JOURNAL: &CStr = c"restore.json";
 const JOURNAL_UNDER_WAY: &CStr = c"restore.json.new";
 /// Far more than the names of a root that anyone has: what is longer is not ours.
 const LONGEST_JOURNAL: u64 = 256 << 20;
-
-/// A tree that no restore has gone on with for so long is of no use to anyone.
-const STALE: Duration = Duration::from_hours(24);
 
 /// What the directory holds, for the run after this one.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -233,8 +233,23 @@ impl Work {
     /// Removes what was discarded, and the directory when nothing else is in it.
     fn clear(&self) -> Result<(), Error> {
         remove_at(self.fd.as_fd(), GONE, &self.path)?;
+        let parent = self.path.parent().unwrap_or(Path::new("/"));
+        let before = fs::symlink_metadata(parent);
         // Not while a restore can still go on in it.
-        let _ = unlinkat(CWD, &self.path, AtFlags::REMOVEDIR);
+        let removed = unlinkat(CWD, &self.path, AtFlags::REMOVEDIR);
+        if let (Ok(()), Ok(before)) = (removed, before) {
+            // Inside of the root, this changes the time of the root.
+            let time = Timespec {
+                tv_sec: before.mtime(),
+                tv_nsec: before.mtime_nsec(),
+            };
+            let times = Timestamps {
+                last_access: time,
+                last_modification: time,
+            };
+            utimensat(CWD, parent, &times, AtFlags::SYMLINK_NOFOLLOW)
+                .map_err(Error::local("set the time of", parent))?;
+        }
         Ok(())
     }
 
@@ -275,7 +290,7 @@ pub fn settle(root: &Path) -> Result<Settled, Error> {
     Ok(settled)
 }
 
-/// Removes what restores that ended badly left beside this root, but not a tree with which one may go on soon.
+/// Removes what restores that ended badly left beside this root. The next one of them begins anew.
 pub fn sweep(root: &Path) -> Result<u64, Error> {
     let mut swept = 0;
     for path in places(root) {
@@ -285,25 +300,15 @@ pub fn sweep(root: &Path) -> Result<u64, Error> {
         if !work.lock()? {
             continue;
         }
-        let journal = statat(&work.fd, JOURNAL, AtFlags::SYMLINK_NOFOLLOW);
-        let age = |status: &rustix::fs::Stat| {
-            let seconds = u64::try_from(status.st_mtime).unwrap_or_default();
-            let written = SystemTime::UNIX_EPOCH + Duration::from_secs(seconds);
-            written.elapsed().unwrap_or_default()
-        };
-        let is_stale = match &journal {
-            Ok(status) => age(status) > STALE,
-            Err(rustix::io::Errno::NOENT) => true,
-            Err(error) => return Err(work.failed("look at")(*error)),
-        };
         let has_moves = work
             .journal()?
             .is_some_and(|journal| journal.moves.is_some());
         let mut is_left = is_there(&work.fd, GONE).map_err(work.failed("look at"))?;
-        if is_stale && !has_moves {
+        // What could not be ended when this run began is left as it is.
+        if !has_moves && is_there(&work.fd, NEW).map_err(work.failed("look at"))? {
             is_left = true;
-            work.discard(NEW)?;
             work.end()?;
+            work.discard(NEW)?;
         }
         work.clear()?;
         swept += u64::from(is_left);
@@ -492,8 +497,6 @@ fn beside(root: &Path, parent: &Path) -> PathBuf {
 }
 
 fn is_mount_point(root: &Path, parent: &Path) -> bool {
-    use std::os::unix::fs::MetadataExt;
-
     let (Ok(here), Ok(above)) = (fs::symlink_metadata(root), fs::symlink_metadata(parent)) else {
         return false;
     };

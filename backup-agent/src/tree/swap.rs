@@ -333,7 +333,7 @@ impl<'a> Swap<'a> {
         for name in names(&back).map_err(self.work.failed("list a folder in"))? {
             self.put(back.as_fd(), &name, &mut late)?;
         }
-        self.keep_late()?;
+        let late = self.keep_late()?;
         self.moves
             .old
             .set(&self.root)
@@ -404,27 +404,26 @@ impl<'a> Swap<'a> {
         }
     }
 
-    /// Gives back to the root what was set aside, under a name of its own.
-    fn keep_late(&self) -> Result<(), Error> {
+    /// Gives back to the root what was set aside, under a name of its own. What that is.
+    fn keep_late(&self) -> Result<Vec<String>, Error> {
         let late = match open_directory(&self.work.fd, LATE) {
             Ok(late) => late,
-            Err(rustix::io::Errno::NOENT) => return Ok(()),
+            Err(rustix::io::Errno::NOENT) => return Ok(Vec::new()),
             Err(error) => return Err(self.work.failed("open a folder in")(error)),
         };
-        let owner = (self.moves.old.uid, self.moves.old.gid);
+        let (uid, gid) = (self.moves.old.uid.into(), self.moves.old.gid.into());
+        let mut kept = Vec::new();
         // For the owner of the tree to look at, and for its next snapshot.
-        let given = names(&late).map_err(self.work.failed("list a folder in"))?;
-        let give = |folder: &OwnedFd| {
-            fchown(folder, Some(owner.0.into()), Some(owner.1.into())).map_err(Error::local(
-                "set the owner of a folder in",
-                &self.work.path,
-            ))
+        let list = |folder: &OwnedFd| -> Result<_, rustix::io::Errno> {
+            fchown(folder, Some(uid), Some(gid))
+                .map_err(|errno| rustix::io::Errno::from_raw_os_error(errno as i32))?;
+            names(folder)
         };
-        for name in given {
-            let folder = open_directory(&late, &name);
-            give(&folder.map_err(self.work.failed("open a folder in"))?)?;
+        for number in list(&late).map_err(self.work.failed("give away a folder in"))? {
+            let folder = open_directory(&late, &number).and_then(|folder| list(&folder));
+            let inner = folder.map_err(self.work.failed("give away a folder in"))?;
+            kept.extend(inner.iter().map(|name| display(name.to_bytes())));
         }
-        give(&late)?;
         let mut number = 0_u64;
         loop {
             let suffix = (number > 0).then(|| format!("-{number}"));
@@ -432,7 +431,7 @@ impl<'a> Swap<'a> {
             let free = CString::new(name).unwrap_or_default();
             let is_moved = rename_free(self.work.fd.as_fd(), LATE, self.root.as_fd(), &free);
             if is_moved.map_err(self.failed_at("make", &free))? {
-                return Ok(());
+                return Ok(kept);
             }
             number += 1;
         }

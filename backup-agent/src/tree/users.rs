@@ -13,22 +13,44 @@ use super::process;
 /// Processes that are named.
 const MOST_NAMED: usize = 8;
 
-/// The processes that work in the tree below `root`, have one of its files open or map one, each by name and number.
-/// Those that wait for this program (a shell, sudo) are not among them.
-pub fn users(root: &Path) -> Result<Vec<String>, process::Error> {
+/// The processes that use a tree, and why some others cannot be told.
+pub struct Users {
+    /// Name and number of each.
+    pub named: Vec<String>,
+    pub doubt: Option<process::Error>,
+}
+
+/// The processes that work in the tree below `root`, have one of its files open or map one. Those that wait for this program
+/// (a shell, sudo) are not among them.
+pub fn users(root: &Path) -> Users {
     let root = fs::canonicalize(root).unwrap_or_else(|_| root.to_owned());
     let callers = callers();
-    let mut users = Vec::new();
-    for pid in process::others()? {
-        if users.len() == MOST_NAMED {
+    let mut users = Users {
+        named: Vec::new(),
+        doubt: None,
+    };
+    let others = match process::others() {
+        Ok(others) => others,
+        Err(error) => {
+            users.doubt = Some(error);
+            return users;
+        }
+    };
+    for pid in others.into_iter().filter(|pid| !callers.contains(pid)) {
+        if users.named.len() == MOST_NAMED {
             break;
         }
-        if !callers.contains(&pid) && is_used(pid, &root)? {
-            let name = fs::read(format!("/proc/{pid}/comm")).unwrap_or_default();
-            users.push(format!("{} {pid}", name.trim_ascii().escape_ascii()));
+        match is_used(pid, &root) {
+            Ok(false) => {}
+            Ok(true) => {
+                let name = fs::read(format!("/proc/{pid}/comm")).unwrap_or_default();
+                let name = name.trim_ascii().escape_ascii();
+                users.named.push(format!("{name} {pid}"));
+            }
+            Err(error) => users.doubt = Some(error),
         }
     }
-    Ok(users)
+    users
 }
 
 /// Our parent, its parent and so on.
@@ -48,12 +70,10 @@ fn callers() -> Vec<Pid> {
 
 fn is_used(pid: Pid, root: &Path) -> Result<bool, process::Error> {
     let is_below = |link: &PathBuf| link.starts_with(root);
-    let links = ["cwd", "root", "exe"].map(|name| format!("/proc/{pid}/{name}"));
-    if links
-        .iter()
-        .any(|link| fs::read_link(link).is_ok_and(|link| link != root.join("/") && is_below(&link)))
-    {
-        return Ok(true);
+    for link in ["cwd", "root", "exe"].map(|name| format!("/proc/{pid}/{name}")) {
+        if fs::read_link(link).is_ok_and(|link| is_below(&link)) {
+            return Ok(true);
+        }
     }
     let folder = format!("/proc/{pid}/fd");
     let open = || -> io::Result<bool> {

@@ -131,16 +131,14 @@ async fn ask(config: &Config, record: &Record) -> Result<(), Error> {
     }
     let found = root.clone();
     let users = tokio::task::spawn_blocking(move || users(&found)).await;
-    let users = match users.map_err(|_| Error::Internal("look at processes"))? {
-        Ok(users) => users.join(", "),
-        Err(error) => {
-            log::warn(
-                "cannot tell whether the root is in use",
-                &[("error", error.to_string().into())],
-            );
-            String::new()
-        }
-    };
+    let users = users.map_err(|_| Error::Internal("look at processes"))?;
+    if let Some(doubt) = users.doubt.filter(|_| users.named.is_empty()) {
+        log::warn(
+            "cannot tell of every process whether it uses the root",
+            &[("error", doubt.to_string().into())],
+        );
+    }
+    let users = users.named.join(", ");
     if !stdin().is_terminal() || !stderr().is_terminal() {
         return if users.is_empty() {
             Ok(())

@@ -5,7 +5,7 @@ use sha2::{Digest, Sha256};
 
 use crate::{
     archive::{
-        download::range,
+        download::{Start, range},
         entry::{Entry, Kind},
         extents::Extent,
         footer::{self, Footer},
@@ -50,7 +50,7 @@ pub async fn check(
     };
     let all = vec![true; index.frames.len()];
     let mode = if is_deep { Check::Unpack } else { Check::Hash };
-    let (download, raw) = stream(&index, &all, mode)?;
+    let (download, raw) = stream(&index, &all, mode, Start::Full)?;
     let entries = is_deep.then(|| Source::new(&index)).transpose();
     let entries = checked.note(entries)?.flatten();
     let sweep = tokio::task::spawn_blocking(move || sweep(entries, raw));
