@@ -88,7 +88,7 @@ impl Applier {
             return Ok(false);
         };
         let (parent, name) = self.tree.place(entry, &self.source)?;
-        let is_taken = found.put(parent, &name, entry, &mut self.status, &self.source)?;
+        let is_taken = found.put(parent, &name, entry, &mut self.status)?;
         if is_taken {
             self.files += 1;
             self.bytes += entry.data();
@@ -147,7 +147,7 @@ impl Applier {
             return Err(entry.damaged(&self.source, &reason).into());
         }
         self.files += 1;
-        let _ = self.status.set(&file, entry, &self.source)?;
+        let _ = self.status.set(&file, entry)?;
         Ok(())
     }
 
@@ -188,7 +188,7 @@ impl Applier {
             openat(parent, name.as_c_str(), DIRECTORY, Mode::empty())
                 .map_err(Error::local("open", directory.display()))?
         };
-        let _ = self.status.set(fd, directory, &self.source)?;
+        let _ = self.status.set(fd, directory)?;
         Ok(())
     }
 
