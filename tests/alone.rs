@@ -232,6 +232,65 @@ fn no_link_of_the_tree_is_followed_in_any_shell() {
     }
 }
 
+/// Two histories in which older layers of a snapshot, one after the other, are a tree that never was: in the first a deletion comes
+/// when a link to elsewhere is in its way, in the second a file.
+#[test]
+fn no_link_of_an_older_layer_is_followed_in_any_shell() {
+    let histories: [fn(&Case); 2] = [
+        |case| {
+            let (host, link) = (&case.host, case.host.root.join("x"));
+            noise(host, "one", 4096);
+            tree::write(&host.root, "x/plain", "own");
+            host.backup();
+            noise(host, "two", 1024);
+            remove(&link);
+            symlink(&case.outside, &link).expect("can link");
+            host.backup();
+            // The link gets a newer word.
+            noise(host, "three", 256);
+            remove(&link);
+            symlink(case.outside.join("."), &link).expect("can link");
+            host.backup();
+            // The layer with the deletion is mostly dead now.
+            remove(&host.root.join("two"));
+            host.backup();
+        },
+        |case| {
+            let (host, link) = (&case.host, case.host.root.join("x"));
+            noise(host, "one", 4096);
+            symlink(&case.outside, &link).expect("can link");
+            host.backup();
+            noise(host, "two", 1536);
+            remove(&link);
+            tree::write(&host.root, "x/plain", "own");
+            host.backup();
+            noise(host, "three", 512);
+            tree::write(&host.root, "x/plain", "own, later");
+            host.backup();
+            // The layer with the directory is mostly dead now.
+            remove(&host.root.join("two"));
+            host.backup();
+        },
+    ];
+    for history in histories {
+        let case = Case::new();
+        history(&case);
+        let snapshot = &case.place.head()["snapshot"];
+        let snapshot = snapshot.as_str().expect("it names one");
+        let layers = e2e::past::layers(&case.place.objects(), snapshot);
+        assert_eq!(layers.len(), 3, "{layers:?}");
+        for shell in SHELLS {
+            case.check(shell);
+        }
+    }
+}
+
+/// A file of so many KiB that no compression makes smaller.
+fn noise(host: &Host, name: &str, size: usize) {
+    let seed = u64::try_from(size).expect("it is small");
+    tree::write(&host.root, name, tree::noise(seed, size << 10));
+}
+
 #[test]
 fn what_is_missing_or_damaged_fails_in_every_shell() {
     type Damage = fn(&Path);
@@ -243,7 +302,7 @@ fn what_is_missing_or_damaged_fails_in_every_shell() {
             .expect("it stays")
             .path()
     };
-    let cases: [(&str, Damage); 7] = [
+    let cases: [(&str, Damage); 8] = [
         ("the head", |instance| remove(&instance.join("head.json"))),
         ("a head without a snapshot", |instance| {
             fs::write(instance.join("head.json"), "{\"snapshot\":null}\n").expect("can write");
@@ -263,6 +322,17 @@ fn what_is_missing_or_damaged_fails_in_every_shell() {
                 let cut = file.and_then(|file| file.set_len(size / 2));
                 cut.expect("can cut");
             }
+        }),
+        ("the last byte of a layer", |instance| {
+            // All of the tarball is there.
+            let mut layers = fs::read_dir(instance.join("layers")).expect("it is there");
+            let path = layers
+                .next()
+                .expect("there is one")
+                .expect("it stays")
+                .path();
+            let bytes = fs::read(&path).expect("can read");
+            fs::write(path, &bytes[..bytes.len() - 1]).expect("can write");
         }),
         ("a byte", |instance| flip(instance, 1000)),
         ("a byte of the index", |instance| {

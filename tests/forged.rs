@@ -203,6 +203,14 @@ fn lies_about_contents() -> Vec<Lie> {
             Box::new(set("xattrs", json!({"security.capability": "AQAAAg=="}))),
         ),
         (
+            "an attribute that root alone may set",
+            Box::new(set("system", json!({"trusted.a": "AQAAAg=="}))),
+        ),
+        (
+            "a user's attribute among the system's",
+            Box::new(set("system", json!({"user.a": "AQAAAg=="}))),
+        ),
+        (
             "an attribute in no base64",
             Box::new(set("xattrs", json!({"user.a": "?"}))),
         ),

@@ -209,7 +209,8 @@ fn a_gateway_of_the_same_user_cannot_look_into_the_supervisor_either() {
     // As when a person runs it: nobody is root. The folders are the test's, so they are given away first.
     let setup = Setup::new()
         .with("RUNTIME_ROOT", "/tmp")
-        .with("RUNTIME_STATE", "/var/lib/none");
+        .with("RUNTIME_STATE", "/var/lib/none")
+        .with("RUNTIME_GATEWAY_USER", "64103");
     let mut program = setup.program();
     program.uid(64103).gid(64103);
     for name in ["bin", "fake"] {

@@ -285,16 +285,38 @@ fn acls_come_back_and_nothing_gets_one_that_had_none() {
 }
 
 #[test]
+fn a_root_that_is_a_mount_point_gets_its_own_attributes_and_nothing_else_does() {
+    let place = Place::directory();
+    let Some((_mount, host)) = roomy(&place) else {
+        return;
+    };
+    make_acls(&host.root);
+    set(&host.root, ACCESS, &acl(7, 0, 5, 0));
+    set(&host.root, "user.own", b"own");
+    let before = describe(&host.root);
+    host.backup();
+    // What it has now goes, and is nothing that new entries get.
+    set(&host.root, ACCESS, &acl(7, 7, 7, 7));
+    set(&host.root, DEFAULT, &acl(7, 7, 7, 7));
+    set(&host.root, "user.other", b"other");
+    fs::write(host.root.join("shared"), "changed").expect("can write");
+    assert_eq!(lost(&host.json(&["restore"])), (0, Vec::new()));
+    assert_same(&before, &describe(&host.root));
+    assert_eq!(get(&host.root, ACCESS), Some(acl(7, 0, 5, 0)));
+    let gone = [DEFAULT, "user.other"].map(|name| get(&host.root, name));
+    assert_eq!(gone, [None, None]);
+    assert_eq!(get(&host.root.join("d/plain"), ACCESS), None);
+    assert_eq!(host.json(&["backup"])["unchanged"], true);
+}
+
+#[test]
 fn an_acl_that_cannot_come_back_gives_nobody_its_rights() {
     let place = Place::directory();
     let host = Host::new(&place);
     make_acls(&host.root);
     host.backup();
-    let folder = folder();
-    if !is_root() {
-        return;
-    }
-    let Some((_disk, at)) = ext4(folder.path(), "disk", &[], ",noacl") else {
+    let at = host.folder.path().join("disk");
+    let Some(_disk) = mount(&at, &["-t", "ramfs", "ramfs"]) else {
         return;
     };
     let target = at.join("target");

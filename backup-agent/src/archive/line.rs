@@ -15,7 +15,7 @@ use serde::{
 };
 
 use super::{
-    entry::{Entry, Kind, LONGEST_NAME, LONGEST_PATH, Numbers, ROOT, Stamp, display},
+    entry::{Entry, Kind, LONGEST_NAME, LONGEST_PATH, Numbers, ROOT, SYSTEM, Stamp, display},
     extents::Extents,
 };
 use crate::snapshot::id::{hex, unhex};
@@ -160,6 +160,16 @@ impl Entry {
             path.clear();
         } else if !is_possible(&path) {
             return Err(format!("{}: the name cannot be a file's", display(&path)));
+        }
+        let is_foreign = |name: &&String| !name.starts_with(USER);
+        let is_unknown = |name: &&String| !SYSTEM.contains(&name.as_str());
+        let (own, system) = (line.xattrs.keys(), line.system.keys());
+        let mut wrong = own.filter(is_foreign).chain(system.filter(is_unknown));
+        if let Some(name) = wrong.next() {
+            let path = display(&path);
+            return Err(format!(
+                "{path}: no snapshot has the attribute {name:?} there"
+            ));
         }
         let xattrs = line
             .xattrs

@@ -133,7 +133,7 @@ impl Applier {
         if self.is_resumed {
             make_way(parent, &name).map_err(Error::local("remove", entry.display()))?;
         }
-        found.put(parent, &name, entry, &mut self.status, &self.source)
+        found.put(parent, &name, entry, &mut self.status)
     }
 
     /// How much of a file an earlier run has written, from its start on. What cannot be gone on with is removed.
@@ -223,7 +223,7 @@ impl Applier {
         }
         self.files += 1;
         self.bytes += entry.data();
-        let _ = self.status.set(&file, entry, &self.source)?;
+        let _ = self.status.set(&file, entry)?;
         Ok(())
     }
 
@@ -264,7 +264,7 @@ impl Applier {
             openat(parent, name.as_c_str(), DIRECTORY, Mode::empty())
                 .map_err(Error::local("open", directory.display()))?
         };
-        let _ = self.status.set(fd, directory, &self.source)?;
+        let _ = self.status.set(fd, directory)?;
         Ok(())
     }
 

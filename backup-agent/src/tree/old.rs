@@ -78,7 +78,6 @@ impl Match<'_> {
         name: &CStr,
         entry: &Entry,
         status: &mut Status,
-        source: &str,
     ) -> Result<bool, Error> {
         let path = || display(&entry.path);
         if self.is_quiet {
@@ -90,7 +89,7 @@ impl Match<'_> {
         let mut file = create(parent, name).map_err(Error::local("make", path()))?;
         copy(&self.content, &mut file, entry.size).map_err(Error::local("write", path()))?;
         let lost = status.lost.clone();
-        let is_whole = status.set(&file, entry, source)?;
+        let is_whole = status.set(&file, entry)?;
         // The copy is judged, not the original: somebody may have written to that meanwhile. What this disk cannot keep is no
         // difference.
         let mut want = Cow::Borrowed(entry);

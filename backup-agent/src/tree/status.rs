@@ -128,7 +128,7 @@ impl Status {
 
     /// Owner first: that clears set-id bits and capabilities. The mode is that without an ACL, so that nobody has a right too
     /// many before the ACL is there, or where it cannot be. Gives whether nothing was lost.
-    pub fn set(&mut self, fd: impl AsFd, entry: &Entry, source: &str) -> Result<bool, Error> {
+    pub fn set(&mut self, fd: impl AsFd, entry: &Entry) -> Result<bool, Error> {
         let fd = fd.as_fd();
         let mut losses = Losses::default();
         let mut is_owned = (entry.uid, entry.gid) == self.owner;
@@ -139,13 +139,8 @@ impl Status {
         let flags = XattrFlags::empty();
         for (name, value) in &entry.xattrs {
             if name.starts_with(USER) {
-                losses.note(
-                    name,
-                    fsetxattr(fd, name.as_str(), value, flags).map_err(errno),
-                    entry,
-                )?;
-            } else if !SYSTEM.contains(&name.as_str()) {
-                return Err(entry.damaged(source, "it has an attribute that is not user.*"));
+                let done = fsetxattr(fd, name.as_str(), value, flags);
+                losses.note(name, done.map_err(errno), entry)?;
             }
         }
         Self::set_mode(fd, entry, is_owned, &mut losses)?;

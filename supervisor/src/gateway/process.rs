@@ -276,12 +276,14 @@ fn close_descriptors() {
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::PermissionsExt as _;
+    use std::path::PathBuf;
 
     use super::*;
 
     #[test]
     fn who_can_read_a_file_depends_on_the_way_there_too() {
-        let top = std::env::temp_dir().join(format!("supervisor-process-{}", std::process::id()));
+        // Every user gets to this one, whatever `TMPDIR` is.
+        let top = PathBuf::from(format!("/tmp/supervisor-process-{}", std::process::id()));
         fs::create_dir_all(&top).expect("can make folders");
         let file = top.join("secret");
         fs::write(&file, "").expect("can write");

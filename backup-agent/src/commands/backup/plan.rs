@@ -249,7 +249,7 @@ async fn confirm(
         return Ok(Some(base));
     };
     log::warn(
-        "the store has lost a part of the last snapshot, or damaged its record; a whole new one is taken",
+        "the store has lost a part of the last snapshot; a whole new one is taken",
         &[("missing", missing.into())],
     );
     // Until that is there, each run has to find it out.
