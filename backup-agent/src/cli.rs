@@ -47,6 +47,8 @@ pub enum Verb {
         #[arg(long)]
         dry_run: bool,
     },
+    /// Check all settings, and show those in force, without asking the store
+    Check,
     /// Print a script that completes commands in a shell
     Completions {
         /// Such as bash, zsh or fish
@@ -58,6 +60,22 @@ pub enum Verb {
         #[arg(long, value_name = "URL")]
         from: String,
     },
+}
+
+impl Verb {
+    /// As it is written.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Backup(_) => "backup",
+            Self::Restore(_) => "restore",
+            Self::Verify { .. } => "verify",
+            Self::List => "list",
+            Self::Prune { .. } => "prune",
+            Self::Check => "check",
+            Self::Completions { .. } => "completions",
+            Self::Import { .. } => "import",
+        }
+    }
 }
 
 /// A shell that completions can be had for.

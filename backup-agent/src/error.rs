@@ -114,6 +114,21 @@ impl Error {
         else {
             return None;
         };
+        match (self, source.raw_os_error()) {
+            (_, Some(nix::libc::ELOOP)) => {
+                return Some(
+                    "a symbolic link is never followed here: see who made it, and remove it".into(),
+                );
+            }
+            (Self::Local { op: "lock", .. }, Some(nix::libc::ENOLCK | nix::libc::EOPNOTSUPP)) => {
+                return Some(
+                    "that file system keeps no locks: use a folder on a local disk for RUNTIME_STATE, or mount it with a \
+                     lock service (for NFS rpc.statd, or the option nolock on one host alone)"
+                        .into(),
+                );
+            }
+            _ => {}
+        }
         let advice = match source.kind() {
             Kind::StorageFull | Kind::QuotaExceeded => {
                 "make room on that file system, then run it again; nothing was lost"

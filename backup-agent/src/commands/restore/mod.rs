@@ -79,7 +79,7 @@ pub async fn run(config: &Config, store: &dyn Store, options: &Restore) -> Resul
         return Err(Error::Settings(vec![problem]));
     }
     let mut state = State::open(config).await?;
-    if let Some(target) = &options.target {
+    if let Some(target) = &config.target {
         let paths = &options.paths;
         let selection = (!paths.is_empty())
             .then(|| Selection::new(paths))
@@ -142,8 +142,7 @@ async fn to_target(
     target: &Path,
     selection: Option<Selection>,
 ) -> Result<Done, Error> {
-    let target = std::path::absolute(target).map_err(Error::local("find", target))?;
-    match fs::read_dir(&target).map(|mut entries| entries.next().is_some()) {
+    match fs::read_dir(target).map(|mut entries| entries.next().is_some()) {
         Ok(true) => {
             let problem = format!("cannot use --target: {} is not empty", target.display());
             return Err(Error::Settings(vec![problem]));
@@ -154,10 +153,10 @@ async fn to_target(
     }
     let seen = head::read(store).await?;
     let record = choose(config, store, wanted, seen.as_ref()).await?;
-    let staging = Staging::new(&target, config.identity)?;
+    let staging = Staging::new(target, config.identity)?;
     let indexes = fetch_indexes(store, state, &record).await?;
     let unpacked = unpack(config, store, &record, &indexes, &staging, selection, None).await?;
-    staging.put_in_place(&target)?;
+    staging.put_in_place(target)?;
     Ok(Done::new(&record, unpacked))
 }
 
