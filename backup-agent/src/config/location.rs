@@ -299,7 +299,7 @@ fn bucket_and_prefix(rest: &str) -> Result<(&str, &str), &'static str> {
              as in s3://bucket/prefix",
         );
     }
-    if prefix.contains(['?', '#', '\\', '%']) {
+    if prefix.contains(char::is_control) || prefix.contains(['?', '#', '\\', '%']) {
         return Err("has a character in its prefix that addresses have for something else");
     }
     let is_odd = |part: &str| part.is_empty() || part == "." || part == ".." || part.trim() != part;

@@ -176,8 +176,8 @@ impl Config {
             | Verb::Verify { .. }
             | Verb::List
             | Verb::Import { .. }
-            | Verb::Check
             | Verb::Completions { .. } => self.restore_timeout,
+            Verb::Check => LONGEST_LOOK,
         })
     }
 
