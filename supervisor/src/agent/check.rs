@@ -86,15 +86,24 @@ fn judge(output: &Output) -> Result<Checked, String> {
     }
     let said = text(&answer["error"]).unwrap_or_else(|| {
         let said = String::from_utf8_lossy(&output.stderr);
-        said.lines().next().unwrap_or_default().to_owned()
+        let mut lines = said.lines().map(str::trim);
+        lines
+            .find(|line| !line.is_empty())
+            .unwrap_or_default()
+            .to_owned()
     });
     let said: String = said
         .chars()
         .filter(|c| !c.is_control())
         .take(MAX_LINE)
         .collect();
+    let said = if said.is_empty() {
+        String::new()
+    } else {
+        format!(" and said {said:?}")
+    };
     Err(format!(
-        "is not the agent of this supervisor, or is broken: it ended with {} and said {said:?}",
+        "is not the agent of this supervisor, or is broken: it ended with {}{said}",
         output.status
     ))
 }
