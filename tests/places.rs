@@ -28,12 +28,17 @@ const VERBS: [&[&str]; 6] = [
     &["prune"],
 ];
 
+/// Of these, those that write to the root or beside it.
+const ON_THE_ROOT: [&[&str]; 3] = [&["check"], &["restore", "--yes"], &["prune"]];
+
 /// A host with a snapshot, its state and its store in its own folder.
 fn host() -> Host {
     let place = Place::directory();
     let host = Host::new(&place);
     let store = format!("file://{}", host.folder.path().join("store").display());
     let host = host.with("RUNTIME_STORE", store);
+    // Nobody's processes are to be told from ours, whatever users this machine has.
+    let host = host.with("RUNTIME_GATEWAY_USER", nix::unistd::geteuid().to_string());
     tree::write(&host.root, "file", "content");
     tree::write(&host.root, "folder/file", "content");
     host.backup();
@@ -46,15 +51,19 @@ fn shown(path: &Path) -> String {
 
 /// Every verb refuses it, says so, and touches nothing.
 fn assert_refused(host: &Host, part: &str) {
+    assert_refused_by(&VERBS, host, part);
+}
+
+fn assert_refused_by(verbs: &[&[&str]], host: &Host, part: &str) {
     let before = describe(host.folder.path());
-    for arguments in VERBS {
+    for arguments in verbs {
         let outcome = host.run(arguments).expect(64);
         assert!(
             outcome.sentence().contains(part),
             "{arguments:?}: {}",
             outcome.stderr
         );
-        let json = host.run(&[arguments, &["--json"]].concat()).expect(64);
+        let json = host.run(&[*arguments, &["--json"]].concat()).expect(64);
         assert_eq!(json.json()["code"], "usage");
     }
     assert_same(&before, &describe(host.folder.path()));
@@ -220,7 +229,15 @@ fn a_root_that_is_a_link_is_followed_and_stays_one() {
     assert!(!names.flatten().any(|entry| is_left(&entry.file_name())));
     fs::remove_file(&link).expect("it is there");
     symlink("none", &link).expect("can link");
-    assert_refused(&host, "is a symbolic link that leads nowhere");
+    assert_refused_by(&ON_THE_ROOT, &host, "is a symbolic link that leads nowhere");
+    host.set("RUNTIME_ROOT", shown(&host.root.join("file")));
+    assert_refused_by(&ON_THE_ROOT, &host, "is not a directory");
+    // To look at what there is takes no root.
+    let _ = host.run(&["list"]).expect(0);
+    assert_eq!(
+        host.run(&["backup", "--json"]).expect(74).json()["code"],
+        "root_lost"
+    );
 }
 
 #[test]
@@ -238,10 +255,15 @@ fn a_link_that_another_user_made_is_not_followed() {
         symlink(target, &link).expect("can link");
         std::os::unix::fs::lchown(&link, Some(SOMEBODY), None).expect("we are root");
         host.set(name, format!("{prefix}{}", shown(&link)));
-        assert_refused(
-            &host,
-            &format!("is a symbolic link that user {SOMEBODY} made"),
-        );
+        let part = format!("is a symbolic link that user {SOMEBODY} made");
+        if name == "RUNTIME_ROOT" {
+            assert_refused_by(&ON_THE_ROOT, &host, &part);
+            // It is not the directory that was there.
+            let refused = host.run(&["backup", "--json"]).expect(74);
+            assert_eq!(refused.json()["code"], "root_lost");
+        } else {
+            assert_refused(&host, &part);
+        }
     }
 }
 
@@ -255,7 +277,6 @@ fn a_state_or_store_in_other_hands_is_refused() {
             (0o722, 0, "other users may write into"),
             (0o720, 0, "other users may write into"),
             (0o702, 0, "other users may write into"),
-            (0o1777, 0, "other users may write into"),
             (0o700, SOMEBODY, "belongs to user 61235"),
             (0o700, GATEWAY, "belongs to user 61234"),
         ] {
@@ -266,8 +287,26 @@ fn a_state_or_store_in_other_hands_is_refused() {
             assert_refused(&host, part);
         }
     }
+    // As a fresh tmpfs is: others may add to it, and what they add is not taken for ours.
+    let host = self::host();
+    for name in ["state", "store"] {
+        let path = host.folder.path().join(name);
+        fs::set_permissions(&path, Permissions::from_mode(0o1777)).expect("it is ours");
+    }
+    host.backup();
+    for name in ["lock", "state.json", "index"] {
+        let host = self::host();
+        let path = host.state.join(name);
+        let _ = fs::remove_file(&path);
+        fs::write(&path, "{}").expect("can write");
+        chown(&path, Some(SOMEBODY), None).expect("we are root");
+        tree::write(&host.root, "file", "changed");
+        let sentence = host.run(&["backup"]).expect(74).sentence();
+        assert!(sentence.contains(&shown(&path)), "{sentence}");
+        assert!(sentence.contains("another user made it"), "{sentence}");
+    }
     // Below the store's folder, the instance's own.
-    let host = host();
+    let host = self::host();
     let instance = host.folder.path().join("store").join(e2e::agent::INSTANCE);
     chown(&instance, Some(SOMEBODY), None).expect("we are root");
     assert_refused(&host, "belongs to user 61235");
@@ -463,6 +502,35 @@ fn a_full_state_names_its_folder_and_the_remedy_wherever_it_happens() {
     );
 }
 
+#[test]
+fn a_gateway_lives_where_the_link_of_its_root_leads() {
+    let place = Place::directory();
+    let setup = Setup::new().on(&place);
+    let real = setup.folder.path().join("real");
+    fs::create_dir(&real).expect("can make a folder");
+    let link = setup.folder.path().join("link");
+    symlink("real", &link).expect("can link");
+    let owner = if is_root() {
+        GATEWAY
+    } else {
+        nix::unistd::geteuid().as_raw()
+    };
+    let setup = setup
+        .with("RUNTIME_ROOT", &shown(&link))
+        .with("RUNTIME_GATEWAY_USER", &owner.to_string());
+    let supervisor = setup.start();
+    supervisor.until_running(1);
+    assert_eq!(fs::metadata(&real).expect("it is there").uid(), owner);
+    assert_ne!(
+        fs::symlink_metadata(&link).expect("it is there").uid(),
+        GATEWAY
+    );
+    fs::write(real.join("file"), "content").expect("can write");
+    let answer = supervisor.post("/v1/backup");
+    assert_eq!(answer.status, 200, "{answer:?}");
+    assert!(link.is_symlink());
+}
+
 /// The log line of a start that failed.
 fn failed_start(setup: Setup) -> Value {
     let mut supervisor = setup.start();
@@ -499,6 +567,15 @@ fn what_a_start_of_the_gateway_could_not_do_is_named_with_its_setting() {
     let line = failed_start(apart().with("RUNTIME_GATEWAY_LIMITS", "nproc=64,nofile=999999999999"));
     assert_eq!(line["setting"], "RUNTIME_GATEWAY_LIMITS");
     assert_eq!(line["failed"], "set the limit nofile=999999999999");
+
+    // It counts what the user has, and this would be one.
+    let line = failed_start(
+        apart()
+            .with("RUNTIME_GATEWAY_LIMITS", "nproc=0")
+            .command(&["true"]),
+    );
+    assert_eq!(line["setting"], "RUNTIME_GATEWAY_LIMITS");
+    assert_eq!(line["failed"], "execute true within nproc");
 
     let setup = apart();
     let root = setup.root();

@@ -63,6 +63,15 @@ pub enum Verb {
 }
 
 impl Verb {
+    /// Whether it writes to the root or beside it; `check` speaks for those that do.
+    pub fn replaces_root(&self) -> bool {
+        match self {
+            Self::Restore(options) => options.target.is_none(),
+            Self::Prune { .. } | Self::Import { .. } | Self::Check => true,
+            Self::Backup(_) | Self::Verify { .. } | Self::List | Self::Completions { .. } => false,
+        }
+    }
+
     /// As it is written.
     pub fn name(&self) -> &'static str {
         match self {

@@ -191,3 +191,41 @@ impl fmt::Display for Seconds {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use nix::errno::Errno;
+
+    use super::*;
+
+    #[test]
+    fn a_place_without_locks_and_a_link_have_their_remedy() {
+        for (op, errno, part) in [
+            (
+                "lock",
+                Errno::ENOLCK,
+                Some("a local disk for RUNTIME_STATE"),
+            ),
+            (
+                "lock",
+                Errno::EOPNOTSUPP,
+                Some("a local disk for RUNTIME_STATE"),
+            ),
+            (
+                "lock",
+                Errno::ELOOP,
+                Some("a symbolic link is never followed"),
+            ),
+            ("lock", Errno::ENOSPC, Some("make room")),
+            ("read", Errno::ENOLCK, None),
+        ] {
+            let advice = Error::local(op, "/state/lock")(errno).advice();
+            let is_given =
+                part.map(|part| advice.as_ref().is_some_and(|advice| advice.contains(part)));
+            assert!(
+                is_given.unwrap_or(advice.is_none()),
+                "{op} {errno}: {advice:?}"
+            );
+        }
+    }
+}

@@ -20,7 +20,7 @@ use tokio::time::timeout;
 
 use crate::{
     archive::spool::Spool,
-    config::{Config, is_trusted},
+    config::{Config, is_open, is_trusted},
     error::Error,
     local_index::fine_clock,
     log,
@@ -428,7 +428,7 @@ fn lock(directory: &Path, verb: &str) -> Result<Lock, Error> {
 }
 
 fn is_private(status: &Metadata) -> bool {
-    status.is_dir() && is_trusted(status.uid()) && status.mode() & 0o022 == 0
+    status.is_dir() && is_trusted(status.uid()) && !is_open(status.mode())
 }
 
 fn await_lock(path: Option<PathBuf>) {

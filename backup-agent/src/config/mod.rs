@@ -10,7 +10,7 @@ use nix::unistd::Uid;
 
 pub use self::{
     location::{Bucket, Location},
-    places::is_trusted,
+    places::{is_open, is_trusted},
 };
 use self::{
     places::{Named, Places, Real},
@@ -96,6 +96,9 @@ impl Config {
             Verb::Import { from } => source.location("--from", from),
             _ => None,
         };
+        let authorities = source.text("RUNTIME_CA_FILE");
+        let authorities = authorities.or_else(|| source.text("SSL_CERT_FILE"));
+        source.note("RUNTIME_CA_FILE", authorities.unwrap_or_default());
         let identity = source.identity();
         let boot_id = source.boot_id();
         let options = match &cli.verb {
@@ -143,6 +146,7 @@ impl Config {
         };
         let places = Places {
             root,
+            is_root_replaced: cli.verb.replaces_root(),
             state,
             store: directory(store_name, location),
             instance: config.instance.clone(),

@@ -33,6 +33,9 @@ pub struct Named {
 #[derive(Debug, Default)]
 pub struct Places {
     pub root: Option<Named>,
+    /// This run replaces the root, or what is beside it. Any other goes on with a root that is something else by now: a backup
+    /// says what that means, and the rest have nothing to do with it.
+    pub is_root_replaced: bool,
     pub state: Option<Named>,
     /// A `file://` store, and the instance on it.
     pub store: Option<Named>,
@@ -65,7 +68,16 @@ impl Places {
             let resolved = resolved.map_err(|reason| problems.push(sentence(named.name, &reason)));
             Some((named.name, resolved.ok()?))
         };
-        let root = resolve(&self.root);
+        let root = match &self.root {
+            Some(root) if !self.is_root_replaced => {
+                let resolved = Resolved::of(&root.path);
+                Some((
+                    root.name,
+                    resolved.unwrap_or_else(|_| Resolved::as_written(root)),
+                ))
+            }
+            root => resolve(root),
+        };
         let state = resolve(&self.state);
         let store = resolve(&self.store);
         let target = resolve(&self.target);
@@ -212,6 +224,15 @@ impl Resolved {
         })
     }
 
+    /// What cannot be walked to.
+    fn as_written(named: &Named) -> Self {
+        Self {
+            path: named.path.clone(),
+            status: None,
+            way: Vec::new(),
+        }
+    }
+
     /// Whether it is that folder, or inside of it. By the numbers of the folders that are there, too: a mount may show one
     /// under two names.
     fn is_in(&self, outer: &Self) -> bool {
@@ -236,7 +257,7 @@ impl Resolved {
                      remove it, or look at what is in it and chown it to user {us}"
                 ));
             }
-            if status.mode() & 0o022 != 0 {
+            if is_open(status.mode()) {
                 return Err(format!(
                     "other users may write into {path} (its mode is {:o}); look at what is in it, then chmod go-w it",
                     status.mode() & 0o7777
@@ -284,6 +305,12 @@ fn cannot_look(path: &Path, error: &io::Error) -> String {
 /// Who may have made what root works in: root, and whoever runs this.
 pub fn is_trusted(owner: u32) -> bool {
     owner == 0 || owner == Uid::effective().as_raw()
+}
+
+/// Whether others may replace what is in a folder of this mode. In a sticky one, as a fresh tmpfs is, they may only add to it,
+/// and files that they add are not taken for ours.
+pub fn is_open(mode: u32) -> bool {
+    mode & 0o022 != 0 && mode & 0o1000 == 0
 }
 
 /// A user's rights on folders.

@@ -84,23 +84,19 @@ fn judge(output: &Output) -> Result<Checked, String> {
             problems,
         });
     }
-    let said = text(&answer["error"]).unwrap_or_else(|| {
-        let said = String::from_utf8_lossy(&output.stderr);
-        let mut lines = said.lines().map(str::trim);
-        lines
-            .find(|line| !line.is_empty())
-            .unwrap_or_default()
-            .to_owned()
-    });
-    let said: String = said
-        .chars()
-        .filter(|c| !c.is_control())
-        .take(MAX_LINE)
-        .collect();
-    let said = if said.is_empty() {
-        String::new()
-    } else {
-        format!(" and said {said:?}")
+    let shown = |said: &str| -> String {
+        let printable = said.chars().filter(|c| !c.is_control());
+        printable.take(MAX_LINE).collect()
+    };
+    // It could not tell: a folder did not answer, say.
+    if let Some(sentence) = answer["error"].as_str() {
+        return Err(format!("says {:?}", shown(sentence)));
+    }
+    let said = String::from_utf8_lossy(&output.stderr);
+    let mut lines = said.lines().map(str::trim);
+    let said = match lines.find(|line| !line.is_empty()) {
+        Some(line) => format!(" and said {:?}", shown(line)),
+        None => String::new(),
     };
     Err(format!(
         "is not the agent of this supervisor, or is broken: it ended with {}{said}",

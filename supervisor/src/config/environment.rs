@@ -29,13 +29,27 @@ const NOT_FOR_THE_AGENT: [&str; 5] = [
     "RUNTIME_BOOT_ID",
 ];
 
-/// Not ours, and the agent's way to the store: who is trusted there, and through which proxy it is reached.
-const WAY_TO_THE_STORE: [&str; 5] = [
+/// How other programs are told of certificates and proxies. The agent reaches its store with them, too.
+const ALSO_FOR_THE_AGENT: [&str; 9] = [
     "SSL_CERT_FILE",
     "HTTPS_PROXY",
     "https_proxy",
+    "HTTP_PROXY",
+    "http_proxy",
+    "ALL_PROXY",
+    "all_proxy",
     "NO_PROXY",
     "no_proxy",
+];
+
+/// Of those, addresses with a user and a password perhaps.
+pub const PROXIES: [&str; 6] = [
+    "HTTPS_PROXY",
+    "https_proxy",
+    "HTTP_PROXY",
+    "http_proxy",
+    "ALL_PROXY",
+    "all_proxy",
 ];
 
 /// The gateway's state: `OPENCLAW_STATE_DIR`, or `.openclaw` in its home.
@@ -78,9 +92,9 @@ pub fn agent(variables: &Variables, boot_id: &str) -> Variables {
     let mut environment: Variables = variables
         .iter()
         .filter(|(name, _)| {
-            let is_one_of = |names: &[&str]| names.iter().any(|other| name == other);
-            (belongs_to_the_runtime(name) && !is_one_of(&NOT_FOR_THE_AGENT))
-                || is_one_of(&WAY_TO_THE_STORE)
+            let is = |known: &&str| name == known;
+            ALSO_FOR_THE_AGENT.iter().any(|known| is(known))
+                || belongs_to_the_runtime(name) && !NOT_FOR_THE_AGENT.iter().any(|known| is(known))
         })
         .cloned()
         .collect();
@@ -127,21 +141,20 @@ mod tests {
     }
 
     #[test]
-    fn the_agent_sees_the_runtimes_settings_and_the_way_to_the_store_but_no_token_of_the_others() {
+    fn the_agent_sees_the_runtimes_settings_and_the_way_to_its_store_but_no_token_of_the_others() {
         let given = variables(&[
             ("RUNTIME_SERVICE_TOKEN", "s"),
             ("RUNTIME_GATEWAY_TOKEN_FILE", "/run/t"),
             ("RUNTIME_BOOT_ID", "from outside"),
             ("RUNTIME_STORE", "s3://b"),
             ("PATH", "/bin"),
-            ("AWS_SECRET_ACCESS_KEY", "s"),
+            ("SSL_CERT_FILE", "/ca.pem"),
             ("https_proxy", "http://proxy:3128"),
-            ("SSL_CERT_FILE", "/etc/ca.pem"),
         ]);
         let expected = variables(&[
             ("RUNTIME_STORE", "s3://b"),
+            ("SSL_CERT_FILE", "/ca.pem"),
             ("https_proxy", "http://proxy:3128"),
-            ("SSL_CERT_FILE", "/etc/ca.pem"),
             ("RUNTIME_BOOT_ID", "id"),
         ]);
         assert_eq!(agent(&given, "id"), expected);

@@ -78,6 +78,8 @@ impl Config {
         let (service_token, listen) = read_api(&mut reader);
         let instance_type = reader.optional("RUNTIME_INSTANCE_TYPE", values::word);
         let root = PathBuf::from(reader.checked("RUNTIME_ROOT", "/data", as_it_is));
+        // A link that the agent has let pass leads to the same place for as long as we run.
+        let root = std::fs::canonicalize(&root).unwrap_or(root);
         for name in [
             "RUNTIME_S3_ACCESS_KEY_ID",
             "RUNTIME_S3_SECRET_ACCESS_KEY",
@@ -85,7 +87,7 @@ impl Config {
         ] {
             reader.secret_of_the_agent(name);
         }
-        for name in ["HTTPS_PROXY", "https_proxy"] {
+        for name in environment::PROXIES {
             reader.secret_of_a_proxy(name);
         }
         let user = reader.value(

@@ -93,9 +93,10 @@ impl<'a> Reader<'a> {
     pub fn secret_of_a_proxy(&mut self, name: &str) {
         let text = super::lookup(self.variables, name).and_then(OsStr::to_str);
         let behind = text.map(|text| text.split_once("://").map_or(text, |(_, rest)| rest));
-        if let Some((user, _)) = behind.and_then(|behind| behind.rsplit_once('@')) {
+        let user = behind.and_then(|behind| behind.rsplit_once('@'));
+        let secret = user.and_then(|(user, _)| Some((user, user.split_once(':')?.1)));
+        if let Some((user, password)) = secret {
             self.secrets.push(Secret::new(user.to_owned()));
-            let password = user.split_once(':').map_or("", |(_, password)| password);
             // A shorter one may be a part of any word, and then says nothing.
             if password.len() >= MIN_PASSWORD {
                 self.secrets.push(Secret::new(password.to_owned()));
