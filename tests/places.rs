@@ -288,14 +288,14 @@ fn a_state_or_store_in_other_hands_is_refused() {
         }
     }
     // As a fresh tmpfs is: others may add to it, and what they add is not taken for ours.
-    let host = self::host();
+    let fresh = host();
     for name in ["state", "store"] {
-        let path = host.folder.path().join(name);
+        let path = fresh.folder.path().join(name);
         fs::set_permissions(&path, Permissions::from_mode(0o1777)).expect("it is ours");
     }
-    host.backup();
+    fresh.backup();
     for name in ["lock", "state.json", "index"] {
-        let host = self::host();
+        let host = host();
         let path = host.state.join(name);
         let _ = fs::remove_file(&path);
         fs::write(&path, "{}").expect("can write");
@@ -306,7 +306,7 @@ fn a_state_or_store_in_other_hands_is_refused() {
         assert!(sentence.contains("another user made it"), "{sentence}");
     }
     // Below the store's folder, the instance's own.
-    let host = self::host();
+    let host = host();
     let instance = host.folder.path().join("store").join(e2e::agent::INSTANCE);
     chown(&instance, Some(SOMEBODY), None).expect("we are root");
     assert_refused(&host, "belongs to user 61235");

@@ -396,7 +396,7 @@ fn disk() -> Disk {
         ("two", b"a-secret\n\n"),
         ("space", b"a-secret \n"),
         ("empty", b"\n"),
-        ("long", &[b'x'; 16 * 1024 + 1]),
+        ("long", "x".repeat(16 * 1024 + 1).as_bytes()),
     ] {
         disk.write(name, text);
     }

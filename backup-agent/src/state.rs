@@ -127,15 +127,15 @@ impl State {
     pub async fn open(config: &Config) -> Result<Self, Error> {
         let (directory, verb) = (config.state.clone(), config.verb);
         let mut locking = tokio::task::spawn_blocking(move || lock(&directory, verb));
-        let lock = match timeout(PATIENCE, &mut locking).await {
-            Ok(lock) => lock,
-            Err(_) => {
-                if let Some(holder) = holder() {
-                    let fields = [("holder", holder.into())];
-                    log::warn("waiting for the lock of the state folder", &fields);
-                }
-                locking.await
+        let early = timeout(PATIENCE, &mut locking).await;
+        let lock = if let Ok(lock) = early {
+            lock
+        } else {
+            if let Some(holder) = holder() {
+                let fields = [("holder", holder.into())];
+                log::warn("waiting for the lock of the state folder", &fields);
             }
+            locking.await
         };
         let lock = lock.map_err(|_| Error::Internal("lock's thread"))??;
         let mut facts = Facts::default();
@@ -331,9 +331,9 @@ impl State {
     fn replace(&self, name: &str, fill: impl FnOnce(&File) -> io::Result<()>) -> Result<(), Error> {
         let path = self.directory.join(name);
         let new = format!("{name}.new");
-        let file = self.scratch(&new)?;
-        fill(&file)
-            .and_then(|()| file.sync_all())
+        let made = self.scratch(&new)?;
+        fill(&made)
+            .and_then(|()| made.sync_all())
             .and_then(|()| fs::rename(self.directory.join(new), &path))
             .map_err(Error::local("write", path))
     }

@@ -96,9 +96,7 @@ impl Config {
             Verb::Import { from } => source.location("--from", from),
             _ => None,
         };
-        let authorities = source.text("RUNTIME_CA_FILE");
-        let authorities = authorities.or_else(|| source.text("SSL_CERT_FILE"));
-        source.note("RUNTIME_CA_FILE", authorities.unwrap_or_default());
+        source.note_authorities();
         let identity = source.identity();
         let boot_id = source.boot_id();
         let options = match &cli.verb {

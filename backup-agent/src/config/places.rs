@@ -13,7 +13,7 @@ use nix::unistd::{Gid, Uid, User, getgrouplist};
 
 use crate::tree::identity::Identity;
 
-/// As many as the kernel follows (path_resolution(7)).
+/// As many as the kernel follows (`path_resolution(7)`).
 const MOST_LINKS: u32 = 40;
 
 /// What a restore calls its working directories. One of ours there would be removed as a leftover.
@@ -371,7 +371,9 @@ fn in_each_others_files(state: &Resolved, name: &str, objects: &Resolved) -> Opt
     let below = objects.path.strip_prefix(&state.path).ok();
     let first = below.and_then(|below| below.iter().next()?.to_str());
     let is_own = first.is_some_and(|first| {
-        OWN_NAMES.contains(&first) || first.starts_with("index.") || first.ends_with(".new")
+        OWN_NAMES.contains(&first)
+            || first.starts_with("index.")
+            || Path::new(first).extension().is_some_and(|end| end == "new")
     });
     let reason = if is_own {
         "is among the working files of RUNTIME_STATE"

@@ -204,6 +204,13 @@ impl Source<'_> {
         (blamed, url, is_given)
     }
 
+    /// Where more certificate authorities are.
+    pub fn note_authorities(&mut self) {
+        const NAME: &str = "RUNTIME_CA_FILE";
+        let path = self.text(NAME).or_else(|| self.text("SSL_CERT_FILE"));
+        self.note(NAME, path.unwrap_or_default());
+    }
+
     pub fn is_unfenced_allowed(&mut self) -> bool {
         const NAME: &str = "RUNTIME_STORE_UNFENCED";
         let text = self.text(NAME).unwrap_or_default();

@@ -92,9 +92,8 @@ pub fn agent(variables: &Variables, boot_id: &str) -> Variables {
     let mut environment: Variables = variables
         .iter()
         .filter(|(name, _)| {
-            let is = |known: &&str| name == known;
-            ALSO_FOR_THE_AGENT.iter().any(|known| is(known))
-                || belongs_to_the_runtime(name) && !NOT_FOR_THE_AGENT.iter().any(|known| is(known))
+            let is_in = |names: &[&str]| names.iter().any(|known| name == known);
+            is_in(&ALSO_FOR_THE_AGENT) || belongs_to_the_runtime(name) && !is_in(&NOT_FOR_THE_AGENT)
         })
         .cloned()
         .collect();
