@@ -383,6 +383,84 @@ mod tests {
     use super::*;
 
     #[test]
+    fn the_last_step_of_a_start_says_what_is_to_blame() {
+        let explain = |steps: &[u8], errno| {
+            let (read, write) = unistd::pipe2(OFlag::O_CLOEXEC).expect("there are descriptors");
+            unistd::write(&write, steps).expect("it has room");
+            drop(write);
+            let limit = |resource| Limit { resource, value: 7 };
+            let prepared = Prepared {
+                command: Command::new("gateway"),
+                steps: Some(read),
+                limits: vec![
+                    limit(Resource::RLIMIT_NOFILE),
+                    limit(Resource::RLIMIT_NPROC),
+                ],
+                user: "ada".to_owned(),
+                root: "/data".into(),
+            };
+            prepared.explain(&io::Error::from_raw_os_error(errno))
+        };
+        let exec = Step::Exec as u8;
+        for (steps, errno, code, setting, what) in [
+            (
+                &[LIMITS][..],
+                libc::EPERM,
+                126,
+                Some(LIMITS_NAME),
+                "set the limit nofile=7",
+            ),
+            (
+                &[LIMITS, LIMITS + 1],
+                libc::EPERM,
+                126,
+                Some(LIMITS_NAME),
+                "set the limit nproc=7",
+            ),
+            (
+                &[1],
+                libc::EPERM,
+                126,
+                Some("RUNTIME_GATEWAY_USER"),
+                "take the groups of ada",
+            ),
+            (
+                &[1, 2, 3],
+                libc::EAGAIN,
+                126,
+                Some("RUNTIME_GATEWAY_USER"),
+                "take the user of ada",
+            ),
+            (
+                &[5],
+                libc::ENOENT,
+                126,
+                Some("RUNTIME_ROOT"),
+                "enter /data as ada",
+            ),
+            (&[5, exec], libc::ENOENT, 127, None, "execute gateway"),
+            (&[exec], libc::EACCES, 126, None, "execute gateway"),
+            (
+                &[exec],
+                libc::EAGAIN,
+                126,
+                Some(LIMITS_NAME),
+                "execute gateway within nproc",
+            ),
+            // No limit on memory is set.
+            (&[exec], libc::ENOMEM, 126, None, "execute gateway"),
+            (&[], libc::EAGAIN, 126, None, "make a process for gateway"),
+        ] {
+            let expected = Unstarted {
+                code,
+                setting,
+                what: what.to_owned(),
+            };
+            assert_eq!(explain(steps, errno), expected);
+        }
+    }
+
+    #[test]
     fn who_can_read_a_file_depends_on_the_way_there_too() {
         let top = std::env::temp_dir().join(format!("supervisor-process-{}", std::process::id()));
         fs::create_dir_all(&top).expect("can make folders");
