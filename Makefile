@@ -44,7 +44,7 @@ test: $(WORKER) ## Run all tests: the real binaries, the real gateway, a real S3
 	$(call need,command -v zstd,zstd)
 	$(call need,command -v cc,build-essential)
 	$(call need,command -v debugfs && command -v mkfs.ext4,e2fsprogs)
-	$(call need,command -v strace && command -v zsh && command -v dash && command -v tmux,strace zsh dash tmux)
+	$(call need,command -v strace && command -v zsh && command -v dash && command -v busybox && command -v tmux,strace zsh dash busybox tmux)
 	$(call need,command -v script && command -v setpriv && command -v unshare,bsdutils util-linux)
 	$(call need,test -x /usr/bin/python3,python3-minimal)
 	@exec tests/run.sh

@@ -6,9 +6,8 @@ use std::fs::{self, File};
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 use std::os::unix::fs::{FileExt as _, symlink};
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
-use e2e::agent::{Host, INSTANCE, Place, folder};
+use e2e::agent::{Host, Place, folder};
 use e2e::tree::{self, Tree, assert_same, describe, kept};
 use rustix::fs::{XattrFlags, setxattr};
 use serde_json::Value;
@@ -342,63 +341,4 @@ fn a_part_of_a_snapshot_can_be_restored_alone() {
     let target = folder.path().join("four").display().to_string();
     let nothing = host.run(&["restore", "--target", &target, "--path", "none"]);
     assert!(nothing.expect(64).sentence().contains("nothing in"));
-}
-
-#[test]
-fn tar_and_zstd_alone_bring_a_snapshot_back() {
-    let page = include_str!("../docs/snapshot-format.md");
-    let commands = page
-        .split("<!-- tar and zstd alone -->\n```sh\n")
-        .nth(1)
-        .and_then(|rest| rest.split("```").next())
-        .expect("the page has the commands");
-    let place = Place::directory();
-    let host = Host::new(&place);
-    tree::make(&host.root);
-    // What looks like a whiteout is one, to tar.
-    for directory in ["names", "name-directories"] {
-        remove(&host.root.join(directory).join(".wh.not-a-deletion"));
-    }
-    host.backup();
-    tree::write(&host.root, "text", "other text\n");
-    remove(&host.root.join("name-directories"));
-    tree::write(&host.root, "name-directories", "a file now");
-    remove(&host.root.join("empty"));
-    fs::create_dir(host.root.join("empty")).expect("it is gone");
-    remove(&host.root.join("names/..."));
-    host.backup();
-    tree::write(&host.root, "names/...", "back");
-    host.backup();
-
-    let Place::Directory(store) = &place else {
-        panic!("it is one");
-    };
-    let folder = folder();
-    let target = folder.path().join("tree");
-    fs::create_dir(&target).expect("can make a directory");
-    let done = Command::new("bash")
-        .args(["-euo", "pipefail", "-c", commands])
-        .current_dir(store.path().join("store").join(INSTANCE))
-        .env("TARGET", &target)
-        .output()
-        .expect("there is a shell");
-    assert!(
-        done.status.success(),
-        "{}",
-        String::from_utf8_lossy(&done.stderr)
-    );
-    // tar writes files anew where only their content changed, which changes the time of their directory.
-    let without_times = |tree: Tree| -> Tree {
-        let plain = tree.into_iter().map(|(path, mut node)| {
-            if node.kind == "directory" {
-                node.mtime = 0;
-            }
-            (path, node)
-        });
-        plain.collect()
-    };
-    assert_same(
-        &without_times(kept(describe(&host.root))),
-        &without_times(describe(&target)),
-    );
 }

@@ -37,8 +37,6 @@ fn host() -> Host {
     let host = Host::new(&place);
     let store = format!("file://{}", host.folder.path().join("store").display());
     let host = host.with("RUNTIME_STORE", store);
-    // Nobody's processes are to be told from ours, whatever users this machine has.
-    let host = host.with("RUNTIME_GATEWAY_USER", nix::unistd::geteuid().to_string());
     tree::write(&host.root, "file", "content");
     tree::write(&host.root, "folder/file", "content");
     host.backup();

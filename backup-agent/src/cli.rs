@@ -110,6 +110,9 @@ pub struct Backup {
     /// Ask the store whether it has the last snapshot, even when nothing changed; else that is done once an hour
     #[arg(long)]
     pub confirm: bool,
+    /// Build on no earlier snapshot: where layers of the last one are missing or damaged, this one is whole again
+    #[arg(long)]
+    pub whole: bool,
 }
 
 /// What to bring back, and where to.

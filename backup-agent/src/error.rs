@@ -55,6 +55,15 @@ pub enum Error {
         .root.display()
     )]
     RootUnfinished { root: PathBuf },
+    /// Entries of two trees are in the root, because moving them failed, and moving them back, too.
+    #[error(
+        "cannot replace {}, nor put back all of the old tree: nothing is removed, and the next run of any command goes on",
+        .root.display()
+    )]
+    RootHalf { root: PathBuf, source: Box<Error> },
+    /// The root cannot be replaced now.
+    #[error("cannot replace {}: {reason}", .root.display())]
+    InUse { root: PathBuf, reason: String },
     /// Another writer holds the head.
     #[error(
         "another instance took over: the head belongs to {holder}, this writer is {writer}; \
@@ -74,7 +83,7 @@ pub enum Error {
     Timeout { after: Duration, left: String },
     /// A signal asked to stop.
     #[error("stopped by {}; {left}", if *.signal == 2 { "SIGINT" } else { "SIGTERM" })]
-    Interrupted { signal: i32, left: &'static str },
+    Interrupted { signal: i32, left: String },
     /// A thread of the agent ended without a word: a bug.
     #[error("internal error: the {0} ended without a result; please report it")]
     Internal(&'static str),
@@ -106,6 +115,11 @@ impl Error {
     pub fn advice(&self) -> Option<String> {
         use io::ErrorKind as Kind;
 
+        if let Self::Damaged { key, reason } = self {
+            // Some reasons say it themselves.
+            let is_said = reason.contains("; ");
+            return mend(key).filter(|_| !is_said).map(str::to_owned);
+        }
         let (Self::Local { source, .. }
         | Self::Store {
             source: StoreError::Io(source),
@@ -144,6 +158,15 @@ impl Error {
         Some(advice.to_owned())
     }
 
+    /// All of it, for a person: what failed, why, and what to do.
+    pub fn sentence(&self) -> String {
+        let sentence = Chain(self).to_string();
+        match self.advice() {
+            Some(advice) => format!("{sentence}; {advice}"),
+            None => sentence,
+        }
+    }
+
     /// The exit code and the word that names it in JSON.
     pub fn code(&self) -> (u8, &'static str) {
         match self {
@@ -155,13 +178,32 @@ impl Error {
             Self::Settings(_) | Self::Unfenced { .. } => (64, "usage"),
             Self::Local { .. } => (74, "local"),
             Self::RootLost { .. } => (74, "root_lost"),
-            Self::RootUnfinished { .. } => (74, "restore_unfinished"),
+            Self::RootUnfinished { .. } | Self::RootHalf { .. } => (74, "restore_unfinished"),
+            Self::InUse { .. } => (74, "in_use"),
             Self::Store { .. } => (75, "store_unavailable"),
             Self::Timeout { .. } => (124, "timeout"),
             Self::Interrupted { signal, .. } => {
                 (if *signal == 2 { 130 } else { 143 }, "interrupted")
             }
         }
+    }
+}
+
+/// What helps when an object of an instance is damaged.
+pub fn mend(key: &str) -> Option<&'static str> {
+    match key.split_once('/').map_or(key, |(folder, _)| folder) {
+        "head.json" => Some(
+            "`backup-agent list` shows the snapshots, `backup-agent restore ID` brings one back, and `backup-agent backup` \
+             after that writes a new head",
+        ),
+        "snapshots" => Some(
+            "`backup-agent list` shows the others, and `backup-agent restore ID` brings one of them back",
+        ),
+        "layers" => Some(
+            "`backup-agent verify all` says what that costs, `backup-agent restore ID` brings a whole snapshot back, and \
+             `backup-agent backup --whole` takes a new one that needs no earlier layer",
+        ),
+        _ => None,
     }
 }
 

@@ -1,15 +1,21 @@
 //! Runs a command within its time bound and stops it on SIGINT and SIGTERM.
 //!
 //! Stopping is safe anywhere, because nothing on the store is visible before the head moves. What is left is tidied here:
-//! an upload in parts that was not completed is aborted, within [`TIDY`].
+//! an upload in parts that was not completed is aborted, within [`TIDY`]. Only the swap of a restored tree is not cut off
+//! (see [`Finality`]).
 
-use std::{os::unix::net::UnixStream, time::Duration};
+use std::{
+    os::unix::net::UnixStream,
+    pin::pin,
+    sync::atomic::{AtomicBool, Ordering},
+    time::Duration,
+};
 
 use signal_hook::{
     consts::{SIGINT, SIGTERM},
     low_level::pipe,
 };
-use tokio::{io::AsyncReadExt, time::timeout};
+use tokio::{io::AsyncReadExt, sync::Notify, time::timeout};
 
 use crate::{
     cli::Verb,
@@ -22,11 +28,44 @@ use crate::{
 /// Time for tidying after the bound ran out: short, because the caller's patience is over already.
 const TIDY: Duration = Duration::from_millis(500);
 
+/// Time for ending what cannot be undone any more. A runtime kills its agent 5 s after it asked it to stop.
+const LAST: Duration = Duration::from_secs(4);
+
+/// The part of a verb that a bound or a signal does not cut off: from its point of no return on, the answer has to say what
+/// was done.
+#[derive(Default)]
+pub struct Finality {
+    is_reached: AtomicBool,
+    hurry: Notify,
+}
+
+impl Finality {
+    /// From now on a bound or a signal only shortens what is left.
+    pub fn reach(&self) {
+        self.is_reached.store(true, Ordering::Relaxed);
+    }
+
+    /// Does some work that may be left out when a bound or a signal came; `None`: it was.
+    pub async fn unless_hurried<T>(&self, work: impl Future<Output = T>) -> Option<T> {
+        tokio::select! {
+            done = work => Some(done),
+            () = self.hurry.notified() => {
+                // For whatever is left to do after this.
+                self.hurry.notify_one();
+                None
+            }
+        }
+    }
+}
+
 /// Runs the verb to its end, its bound or a signal, whichever is first.
 pub fn bounded(config: &Config, verb: &Verb) -> Result<Answer, Error> {
     let bound = config.bound(verb);
     let left = match verb {
         Verb::Prune { .. } => "every snapshot that is left is whole, and the next prune goes on",
+        Verb::Restore(_) => {
+            "the tree is what it was before, and the next restore goes on from what was unpacked"
+        }
         _ => "the store holds what it held before",
     };
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -34,25 +73,36 @@ pub fn bounded(config: &Config, verb: &Verb) -> Result<Answer, Error> {
         .build()
         .map_err(Error::local("start", "the event loop"))?;
     let store = crate::store::open(config, bound)?;
+    let last = Finality::default();
     let result: Result<_, Error> = runtime.block_on(async {
         let signals = signal_pipe()?;
-        let work = async {
-            tokio::select! {
-                result = commands::run(config, &store, verb) => result,
-                signal = signals => Err(Error::Interrupted { signal, left }),
+        let mut work = pin!(commands::run(config, &store, verb, &last));
+        let stop = async {
+            match timeout(bound, signals).await {
+                Ok(signal) => Error::Interrupted {
+                    signal,
+                    left: left.to_owned(),
+                },
+                Err(_) => Error::Timeout {
+                    after: bound,
+                    left: match state::holder() {
+                        Some(holder) => {
+                            format!("{holder}: wait for that run to end, or end it; {left}")
+                        }
+                        None => format!("{left}; {}", longer(verb)),
+                    },
+                },
             }
         };
-        let result = match timeout(bound, work).await {
-            Ok(result) => result,
-            Err(_) => Err(Error::Timeout {
-                after: bound,
-                left: match state::holder() {
-                    Some(holder) => {
-                        format!("{holder}: wait for that run to end, or end it; {left}")
-                    }
-                    None => format!("{left}; {}", longer(verb)),
-                },
-            }),
+        let result = tokio::select! {
+            result = &mut work => result,
+            stopped = stop => if last.is_reached.load(Ordering::Relaxed) {
+                last.hurry.notify_one();
+                let ended = timeout(LAST, work).await;
+                ended.unwrap_or_else(|_| Err(in_the_middle(stopped)))
+            } else {
+                Err(stopped)
+            },
         };
         if result.is_err() {
             let _ = timeout(TIDY, store.abort_uploads()).await;
@@ -62,6 +112,15 @@ pub fn bounded(config: &Config, verb: &Verb) -> Result<Answer, Error> {
     // A thread that is stuck in the kernel (a dead network file system) must not hold the exit.
     runtime.shutdown_background();
     result?
+}
+
+/// The error of a run that is stuck after its point of no return.
+fn in_the_middle(mut stopped: Error) -> Error {
+    let middle = "the tree is being replaced: the next run of any command ends that".to_owned();
+    if let Error::Timeout { left, .. } | Error::Interrupted { left, .. } = &mut stopped {
+        *left = middle;
+    }
+    stopped
 }
 
 /// How to give a verb more time.

@@ -24,18 +24,21 @@ use std::{
 };
 
 use clap::Parser;
+use nix::sys::stat::{Mode, umask};
 use serde_json::json;
 
 use crate::{
     cli::{Cli, Verb},
     commands::{check, completions},
     config::Config,
-    error::{Chain, Error},
+    error::Error,
 };
 
 /// Does what the command line says, and gives the exit code.
 #[must_use]
 pub fn main() -> ExitCode {
+    // What is made here has the mode that is asked for, whatever the caller's own files are to get.
+    umask(Mode::S_IWGRP | Mode::S_IWOTH);
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(help) => {
@@ -83,10 +86,7 @@ pub fn main() -> ExitCode {
         }
         Err(error) => {
             let (exit, word) = error.code();
-            let mut sentence = Chain(&error).to_string();
-            if let Some(advice) = error.advice() {
-                sentence = format!("{sentence}; {advice}");
-            }
+            let sentence = error.sentence();
             if json {
                 let mut object = json!({ "error": sentence, "code": word });
                 if let (Verb::Check, Error::Settings(problems)) = (&cli.verb, &error) {

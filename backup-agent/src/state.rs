@@ -21,7 +21,7 @@ use tokio::time::timeout;
 use crate::{
     archive::spool::Spool,
     config::{Config, is_open, is_trusted},
-    error::Error,
+    error::{Chain, Error},
     local_index::fine_clock,
     log,
     snapshot::{
@@ -30,7 +30,7 @@ use crate::{
         record::{Consistency, Layer},
         sealed,
     },
-    tree::{miss::Unread, root::RootId},
+    tree::{miss::Unread, root::RootId, staging, swap::Settled},
 };
 
 /// The remembered facts.
@@ -163,14 +163,43 @@ impl State {
                 ..Facts::default()
             };
         }
-        Ok(Self {
+        let mut state = Self {
             directory: config.state.clone(),
             root: config.root.clone(),
             facts,
             seen: HashSet::new(),
             began: fine_clock()?,
             _lock: lock,
-        })
+        };
+        state.settle_root().await?;
+        Ok(state)
+    }
+
+    /// Ends what a restore that was killed has left half done in the root.
+    async fn settle_root(&mut self) -> Result<(), Error> {
+        let root = self.root.clone();
+        let settled = tokio::task::spawn_blocking(move || staging::settle(&root)).await;
+        let was_unfinished = self.facts.is_root_unfinished;
+        match settled.map_err(|_| Error::Internal("root's thread"))? {
+            // Nobody knows what was done about a restore that had begun.
+            Ok(Settled::Nothing) => {}
+            // One tree or the other; which snapshot it equals is not known.
+            Ok(Settled::Untouched | Settled::Replaced) => self.facts.is_root_unfinished = false,
+            Err(error) => {
+                log::warn(
+                    "a restore that was cut short cannot be ended",
+                    &[("error", Chain(&error).to_string().into())],
+                );
+                self.facts.snapshot = None;
+                self.facts.root = None;
+                self.facts.is_root_unfinished = true;
+            }
+        }
+        if self.facts.is_root_unfinished == was_unfinished {
+            Ok(())
+        } else {
+            self.save()
+        }
     }
 
     /// Writes the facts down, whole or not at all.

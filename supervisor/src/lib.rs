@@ -74,6 +74,7 @@ pub fn main() -> ExitCode {
 }
 
 fn run(signals: io::Result<Signals>) -> Result<bool, Error> {
+    gateway::process::keep_umask();
     // From here on nobody of our own user reads our memory or environment, both of which hold the service token.
     prctl::set_dumpable(false).map_err(|error| start("hiding our memory")(error.into()))?;
     let arguments: Vec<OsString> = std::env::args_os().skip(1).collect();

@@ -17,6 +17,13 @@ pub const LONGEST_NAME: usize = 255;
 /// The root's path in an index: an empty name is easily taken for a missing one.
 pub(super) const ROOT: &str = ".";
 
+/// Rights that named users and groups have on it (acl(5)).
+pub const ACCESS: &str = "system.posix_acl_access";
+/// Capabilities that a program gets when it is executed (capabilities(7)).
+pub const CAPABILITIES: &str = "security.capability";
+/// Attributes outside of `user.*` that a snapshot keeps. The second one is the ACL of what will be made in a directory.
+pub const SYSTEM: [&str; 3] = [ACCESS, "system.posix_acl_default", CAPABILITIES];
+
 /// What a path is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -49,7 +56,7 @@ pub struct Entry {
     /// Of a file's data extents in order.
     pub sha256: Option<[u8; 32]>,
     pub extents: Extents,
-    /// The `user.*` attributes.
+    /// The `user.*` attributes, and those of [`SYSTEM`].
     pub xattrs: BTreeMap<String, Vec<u8>>,
     /// Only in the local index: what tells a changed file from an unchanged one. Without it the entry counts as changed.
     pub stamp: Option<Stamp>,
@@ -62,7 +69,7 @@ pub struct Entry {
 pub type Numbers = SmallVec<[u32; 4]>;
 
 /// The part of a file's status that changes with it and cannot be set by its owner.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Stamp {
     /// Nanoseconds since the epoch.
     pub ctime: i64,
@@ -72,6 +79,9 @@ pub struct Stamp {
     /// What has this stamp on the disk could not be read: the entry is what the snapshot before had.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub is_unread: bool,
+    /// The disk could not keep all attributes that the entry has: what it lacks of them is no change.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub is_bare: bool,
 }
 
 /// Order of a depth-first walk with sorted directories: component by component, by bytes.
@@ -124,6 +134,30 @@ impl Entry {
         lengths.fold(0, u64::saturating_add)
     }
 
+    /// The mode that gives nobody a right that is not theirs while there is no ACL: with one, the bits of the group are the
+    /// most that it gives anybody (acl(5), "CORRESPONDENCE BETWEEN ACL ENTRIES AND FILE PERMISSION BITS").
+    pub fn plain_mode(&self) -> u32 {
+        let Some(acl) = self.xattrs.get(ACCESS) else {
+            return self.mode;
+        };
+        self.mode & !0o070 | rights_of_group(acl) << 3
+    }
+
+    /// Keeps the attributes that the disk could not keep of `known`, if this is the same file.
+    pub fn keep_lost(&mut self, known: &Self) {
+        if let (Some(stamp), Some(last)) = (&mut self.stamp, known.stamp)
+            && last.is_bare
+            && last.ino == stamp.ino
+            && self.kind == known.kind
+        {
+            stamp.is_bare = true;
+            for (name, value) in &known.xattrs {
+                let place = self.xattrs.entry(name.clone());
+                place.or_insert_with(|| value.clone());
+            }
+        }
+    }
+
     /// About the bytes that it takes in a tar stream.
     pub fn weight(&self) -> u64 {
         weight(self.data())
@@ -141,6 +175,21 @@ impl Entry {
     pub fn display(&self) -> String {
         display(&self.path)
     }
+}
+
+/// What an ACL gives the group of a file itself. As an attribute it is a version and entries of eight bytes: tag, rights, id
+/// (`linux/posix_acl_xattr.h`).
+fn rights_of_group(acl: &[u8]) -> u32 {
+    const GROUP: u16 = 0x04;
+    const MASK: u16 = 0x10;
+
+    let entries = acl.get(4..).unwrap_or_default().chunks_exact(8);
+    let rights = |tag: u16| {
+        let mut entries = entries.clone();
+        let entry = entries.find(|entry| entry[..2] == tag.to_le_bytes());
+        entry.map(|entry| u32::from(entry[2] & 7))
+    };
+    rights(GROUP).unwrap_or(0) & rights(MASK).unwrap_or(7)
 }
 
 /// A path for people: control characters and what is not UTF-8 are escaped, so that a name cannot play tricks on a terminal.
@@ -175,6 +224,32 @@ mod tests {
         ];
         for pair in walk.windows(2) {
             assert_eq!(compare(pair[0], pair[1]), Ordering::Less, "{pair:?}");
+        }
+    }
+
+    #[test]
+    fn without_its_acl_the_group_has_no_more_than_its_own_rights() {
+        let acl = |entries: &[(u8, u8)]| {
+            let entries = entries.iter().flat_map(|(tag, rights)| {
+                let id = [0xff; 4];
+                [[*tag, 0, *rights, 0], id].concat()
+            });
+            [2, 0, 0, 0].into_iter().chain(entries).collect::<Vec<u8>>()
+        };
+        // Owner, a named user, group, mask, others.
+        let full = acl(&[(1, 6), (2, 7), (4, 5), (0x10, 7), (0x20, 0)]);
+        for (acl, want) in [
+            (full.clone(), 0o650),
+            (acl(&[(1, 6), (2, 7), (4, 7), (0x10, 4)]), 0o640),
+            (acl(&[(1, 6), (4, 4)]), 0o640),
+            (full[..full.len() - 12].to_vec(), 0o650),
+            (Vec::new(), 0o600),
+        ] {
+            let mut entry = Entry::deleted(Vec::new());
+            entry.mode = 0o670;
+            assert_eq!(entry.plain_mode(), 0o670);
+            entry.xattrs.insert(ACCESS.to_owned(), acl);
+            assert_eq!(format!("{:o}", entry.plain_mode()), format!("{want:o}"));
         }
     }
 

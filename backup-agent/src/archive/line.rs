@@ -20,6 +20,9 @@ use super::{
 };
 use crate::snapshot::id::{hex, unhex};
 
+/// What begins the names of attributes that are the gateway's own.
+pub const USER: &str = "user.";
+
 /// An entry as JSON. Names that are not UTF-8 go, in base64, under keys of their own.
 #[derive(Serialize, Deserialize)]
 struct Line<'a> {
@@ -49,6 +52,9 @@ struct Line<'a> {
     extents: Cow<'a, Extents>,
     #[serde(skip_serializing_if = "BTreeMap::is_empty", default)]
     xattrs: BTreeMap<String, String>,
+    /// Those outside of `user.*`: readers that do not know this leave them out.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty", default)]
+    system: BTreeMap<String, String>,
     #[serde(skip_serializing_if = "Option::is_none", default)]
     stamp: Option<Stamp>,
     #[serde(skip_serializing_if = "<[_]>::is_empty", default)]
@@ -113,6 +119,13 @@ impl Entry {
         let (path, path64) = encode(path);
         let (link, link64) = self.link.as_deref().map_or((None, None), encode);
         let status = self.kind != Kind::Deleted;
+        let encoded = |is_own: bool| {
+            let attributes = self.xattrs.iter();
+            attributes
+                .filter(|(name, _)| name.starts_with(USER) == is_own)
+                .map(|(name, value)| (name.clone(), BASE64_STANDARD.encode(value)))
+                .collect()
+        };
         let json = Line {
             path,
             path64,
@@ -126,11 +139,8 @@ impl Entry {
             link64,
             sha256: self.sha256.map(Sum),
             extents: Cow::Borrowed(&self.extents),
-            xattrs: self
-                .xattrs
-                .iter()
-                .map(|(name, value)| (name.clone(), BASE64_STANDARD.encode(value)))
-                .collect(),
+            xattrs: encoded(true),
+            system: encoded(false),
             stamp: self.stamp.filter(|_| scope == Scope::Local),
             layers: match scope {
                 Scope::Layer => Cow::default(),
@@ -151,13 +161,14 @@ impl Entry {
         } else if !is_possible(&path) {
             return Err(format!("{}: the name cannot be a file's", display(&path)));
         }
-        let xattrs =
-            line.xattrs
-                .into_iter()
-                .map(|(name, value)| match BASE64_STANDARD.decode(value) {
-                    Ok(value) => Ok((name, value)),
-                    Err(_) => Err(format!("the value of {name} is not base64")),
-                });
+        let xattrs = line
+            .xattrs
+            .into_iter()
+            .chain(line.system)
+            .map(|(name, value)| match BASE64_STANDARD.decode(value) {
+                Ok(value) => Ok((name, value)),
+                Err(_) => Err(format!("the value of {name} is not base64")),
+            });
         let target = decode(line.link, line.link64)?;
         let leads_on =
             |target: &Vec<u8>| (1..LONGEST_PATH).contains(&target.len()) && !target.contains(&0);
@@ -303,6 +314,7 @@ mod tests {
                 ino: 2,
                 is_linked: false,
                 is_unread: false,
+                is_bare: false,
             }),
             layers: smallvec![0, 3],
             ..plain.clone()

@@ -5,7 +5,10 @@ use std::sync::LazyLock;
 
 use tar::{EntryType, Header};
 
-use super::entry::{Entry, Kind};
+use super::{
+    entry::{Entry, Kind},
+    line::USER,
+};
 
 /// Bytes of a block; everything in a tarball is padded to it.
 pub const BLOCK: u64 = 512;
@@ -13,6 +16,10 @@ pub const BLOCK: u64 = 512;
 const LARGEST_ID: u32 = 0o7_777_777;
 /// What fits into the eleven octal digits of a ustar size or time field.
 const LARGEST_NUMBER: u64 = 0o77_777_777_777;
+
+/// Type of a deletion's member: a volume label, which tar lists and never unpacks. As a regular file it could not be told from
+/// a file of the tree that has such a name, and a name with the prefix may be longer than a file system takes.
+const WHITEOUT: u8 = b'V';
 
 /// Zeros from a length to the next block.
 pub fn padding(length: u64) -> &'static [u8] {
@@ -41,7 +48,8 @@ pub fn header(entry: &Entry, segments: Option<&[(u64, u64)]>) -> Vec<u8> {
             name.push(b'/');
             header.set_entry_type(EntryType::Directory);
         }
-        Kind::File | Kind::Deleted => header.set_entry_type(EntryType::Regular),
+        Kind::File => header.set_entry_type(EntryType::Regular),
+        Kind::Deleted => header.set_entry_type(EntryType::new(WHITEOUT)),
         Kind::Symlink => header.set_entry_type(EntryType::Symlink),
         Kind::Hardlink => header.set_entry_type(EntryType::Link),
     }
@@ -78,7 +86,7 @@ pub fn header(entry: &Entry, segments: Option<&[(u64, u64)]>) -> Vec<u8> {
     {
         record(&mut pax, "linkpath", link);
     }
-    header.set_mode(entry.mode);
+    header.set_mode(entry.plain_mode());
     for (key, id, set) in [
         ("uid", entry.uid, Header::set_uid as fn(&mut Header, u64)),
         ("gid", entry.gid, Header::set_gid),
@@ -98,7 +106,8 @@ pub fn header(entry: &Entry, segments: Option<&[(u64, u64)]>) -> Vec<u8> {
         record(&mut pax, "mtime", decimal_time(entry.mtime).as_bytes());
     }
     header.set_mtime(u64::try_from(seconds).unwrap_or(0).min(LARGEST_NUMBER));
-    for (name, value) in &entry.xattrs {
+    let own = entry.xattrs.iter();
+    for (name, value) in own.filter(|(name, _)| name.starts_with(USER)) {
         // The key ends at the first `=`; GNU tar's way around that.
         let name = name.replace('%', "%25").replace('=', "%3D");
         record(&mut pax, &format!("SCHILY.xattr.{name}"), value);

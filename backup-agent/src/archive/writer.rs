@@ -10,7 +10,7 @@ use std::{
 use sha2::{Digest, Sha256};
 
 use super::{
-    entry::{Entry, Kind},
+    entry::Entry,
     extents::extents,
     footer::{self, Footer},
     frames::{Effort, FrameWriter},
@@ -133,7 +133,7 @@ impl LayerWriter {
         self.index(entry).map(Ok)
     }
 
-    /// Appends a deletion: a line in the index, and for tar a whiteout as OCI images have them.
+    /// Appends a deletion: a line in the index, and for tar a whiteout, named as in OCI images.
     pub fn delete(&mut self, path: &[u8]) -> Result<(), Halt> {
         let is_below = |outer: &Vec<u8>| {
             path.strip_prefix(&outer[..])
@@ -144,10 +144,7 @@ impl LayerWriter {
                 .iter()
                 .rposition(|byte| *byte == b'/')
                 .map_or(0, |slash| slash + 1);
-            let whiteout = Entry {
-                kind: Kind::File,
-                ..Entry::deleted([&path[..name], b".wh.", &path[name..]].concat())
-            };
+            let whiteout = Entry::deleted([&path[..name], b".wh.", &path[name..]].concat());
             self.frames.write(&tarball::header(&whiteout, None))?;
             self.gone = Some(path.to_vec());
         }

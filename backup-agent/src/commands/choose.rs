@@ -4,11 +4,24 @@ use crate::{
     config::Config,
     error::Error,
     snapshot::{
-        head::Seen,
+        head::{self, Seen},
         record::{self, Record},
     },
     store::Store,
 };
+
+/// The head, for work on this snapshot: for the latest it has to be readable, and for whoever claims it.
+pub async fn seen(
+    store: &dyn Store,
+    wanted: &str,
+    is_claimer: bool,
+) -> Result<Option<Seen>, Error> {
+    if wanted == "latest" || is_claimer {
+        head::read(store).await
+    } else {
+        head::look(store).await
+    }
+}
 
 /// The record that was asked for.
 pub async fn choose(

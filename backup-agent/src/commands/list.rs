@@ -1,6 +1,6 @@
 //! `list`: the snapshots of an instance, newest first, and what keeping them costs.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 use jiff::{SignedDuration, Timestamp};
 use serde_json::json;
@@ -17,27 +17,66 @@ use crate::{
     store::Store,
 };
 
-/// Lists all snapshots; a damaged record is named in the log and does not hide the others.
-pub async fn run(config: &Config, store: &dyn Store) -> Result<Answer, Error> {
-    let head = head::read(store).await?;
-    let newest = head.and_then(|seen| seen.head.snapshot);
+/// What is on the store.
+struct Found {
+    /// The snapshot that the head names.
+    newest: Option<String>,
+    /// Newest first.
+    records: Vec<Record>,
+    /// Sentences about what cannot be trusted, by keys.
+    damaged: BTreeMap<String, String>,
+}
+
+/// Reads the head and all records; one that is damaged hides no other.
+async fn find(store: &dyn Store) -> Result<Found, Error> {
+    let mut damaged = BTreeMap::new();
+    let mut note = |error: Error| {
+        let sentence = error.sentence();
+        let Error::Damaged { key, .. } = error else {
+            return Err(error);
+        };
+        log::warn("damaged", &[("error", sentence.clone().into())]);
+        damaged.insert(key, sentence);
+        Ok(())
+    };
+    let head = match head::read(store).await {
+        Ok(head) => head,
+        Err(error) => note(error).map(|()| None)?,
+    };
     let mut records = Vec::new();
     for read in history::read(store, &record::list(store).await?).await {
         match read {
             Ok(record) => records.push(record),
-            Err(Error::Damaged { key, reason }) => log::warn(
-                "snapshot left out of the list",
-                &[("key", key.into()), ("reason", reason.into())],
-            ),
-            Err(error) => return Err(error),
+            Err(error) => note(error)?,
         }
     }
     records.reverse();
+    Ok(Found {
+        newest: head.and_then(|seen| seen.head.snapshot),
+        records,
+        damaged,
+    })
+}
+
+/// Lists all snapshots; what is damaged is named and does not hide the others.
+pub async fn run(config: &Config, store: &dyn Store) -> Result<Answer, Error> {
+    let Found {
+        newest,
+        records,
+        damaged,
+    } = find(store).await?;
     let line: HashSet<&str> = history::line(&records, newest.as_deref())
         .into_iter()
         .map(|record| record.id.as_str())
         .collect();
-    let is_fork = |record: &Record| !line.contains(record.id.as_str());
+    // Where it leads to nothing, nobody knows which of them it does not lead to.
+    let is_fork = |record: &Record| {
+        if line.is_empty() {
+            record.fork
+        } else {
+            !line.contains(record.id.as_str())
+        }
+    };
     let now = Timestamp::now();
 
     let mut rows = Vec::new();
@@ -102,7 +141,13 @@ pub async fn run(config: &Config, store: &dyn Store) -> Result<Answer, Error> {
             layers.len(),
         ));
     }
-    let json = json!({ "snapshots": list, "layersBytes": bytes, "monthlyUsd": usd });
+    rows.extend(damaged.values().map(|sentence| format!("{sentence}\n")));
+    let json = json!({
+        "snapshots": list,
+        "layersBytes": bytes,
+        "monthlyUsd": usd,
+        "damaged": damaged,
+    });
     Ok(Answer::new(rows.concat(), json))
 }
 

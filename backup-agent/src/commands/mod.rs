@@ -23,6 +23,7 @@ use crate::{
     cli::{Cli, Shell, Verb},
     config::Config,
     error::Error,
+    interrupt::Finality,
     snapshot::record::Record,
     state::Described,
     store::Store,
@@ -51,7 +52,12 @@ impl Answer {
 }
 
 /// Runs one verb to its end.
-pub async fn run(config: &Config, store: &Arc<dyn Store>, verb: &Verb) -> Result<Answer, Error> {
+pub async fn run(
+    config: &Config,
+    store: &Arc<dyn Store>,
+    verb: &Verb,
+    last: &Finality,
+) -> Result<Answer, Error> {
     // A walk holds one descriptor for each level of the tree.
     let raised = getrlimit(Resource::RLIMIT_NOFILE)
         .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
@@ -63,7 +69,7 @@ pub async fn run(config: &Config, store: &Arc<dyn Store>, verb: &Verb) -> Result
         Verb::Backup(options) => {
             backup::run(config, store.as_ref(), options, config.bound(verb)).await
         }
-        Verb::Restore(options) => restore::run(config, store.as_ref(), options).await,
+        Verb::Restore(options) => restore::run(config, store.as_ref(), options, last).await,
         Verb::Verify { snapshot, deep } => {
             verify::run(config, store.as_ref(), snapshot, *deep).await
         }

@@ -25,7 +25,7 @@ use crate::{
     },
     state::State,
     store::Store,
-    tree::swap,
+    tree::{identity::with_identity, staging},
 };
 
 /// Removes what the policy does not keep, or says what it would remove.
@@ -86,7 +86,9 @@ pub async fn run(config: &Config, store: &dyn Store, is_dry_run: bool) -> Result
         let keys = unnamed.iter().map(|layer| record::layer_key(layer));
         remove(store, keys.collect()).await?;
         report(state.sweep());
-        report(swap::sweep(&config.root).map(u64::from));
+        let root = config.root.clone();
+        let swept = with_identity(None, "remover", move || staging::sweep(&root));
+        report(swept.await.flatten());
         report(store.sweep(now - YOUNG, now - ABANDONED).await);
     }
 

@@ -4,7 +4,7 @@
 //! are needed. Directories are made on the way. Then every layer is read once, forward, and at last links and the status
 //! of directories are put on top.
 
-use std::collections::HashSet;
+use std::{collections::HashSet, path::Path};
 
 use nix::unistd::Uid;
 
@@ -19,23 +19,25 @@ use crate::{
     },
     config::Config,
     error::Error,
-    local_index::{Trust, adopt},
+    local_index::{self, Trust, adopt},
     progress,
     snapshot::record::{self, Record},
-    state::State,
+    state::{State, Which},
     store::Store,
     tree::{
-        apply::Applier, cursor::is_above, exclude::Selection, identity::with_identity, old::Old,
-        swap::Staging,
+        apply::Applier, cursor::is_above, exclude::Selection, identity::with_identity,
+        miss::Unread, old::Old, staging::Staging,
     },
 };
 
 /// What it took.
-#[derive(Clone, Copy)]
+#[derive(Clone)]
 pub struct Unpacked {
     pub files: u64,
     pub bytes: u64,
     pub downloaded: u64,
+    /// What came back without a part of its status.
+    pub lost: Unread,
 }
 
 /// Fetches the indexes of all layers of a snapshot, oldest first.
@@ -63,7 +65,8 @@ pub async fn unpack(
 ) -> Result<Unpacked, Error> {
     let is_owner_kept = Uid::effective().is_root() && config.identity.is_none();
     let source = record::key(&record.id);
-    let mut applier = Applier::new(staging.fd()?, is_owner_kept, old, source)?;
+    let is_resumed = staging.is_resumed();
+    let mut applier = Applier::new(staging.fd()?, is_resumed, is_owner_kept, old, source)?;
     let mut merge = Merge::new(indexes)?;
     let mut plan = Plan::new(indexes);
     if let Some(selection) = selection {
@@ -127,11 +130,12 @@ pub async fn unpack(
         }
         applier.finish()
     };
-    let (files, bytes) = with_identity(config.identity, "writer", complete).await??;
+    let (files, bytes, lost) = with_identity(config.identity, "writer", complete).await??;
     Ok(Unpacked {
         files,
         bytes,
         downloaded,
+        lost,
     })
 }
 
@@ -259,22 +263,29 @@ impl Plan {
         match entry.kind {
             Kind::Dir => applier.directory(entry)?,
             Kind::File if applier.reuse(entry)? => return Ok(()),
-            Kind::File => self.want(entry, layer),
+            Kind::File => self.want(entry, layer, applier.written(entry)?),
             Kind::Symlink | Kind::Hardlink | Kind::Deleted => {}
         }
         self.live[layer].set(ordinal);
         Ok(())
     }
 
-    fn want(&mut self, entry: &Entry, layer: usize) {
-        self.bytes = self.bytes.saturating_add(entry.data());
+    /// Marks the frames that have something of a file of which an earlier run has written so much already.
+    fn want(&mut self, entry: &Entry, layer: usize, mut written: u64) {
         let ends = &self.ends[layer];
         let wanted = self.wanted[layer].get_or_insert_with(|| vec![false; ends.len()]);
         for extent in &entry.extents {
-            let Extent::Data { offset, length, .. } = *extent else {
+            let (Extent::Data { length, .. } | Extent::Hole { length }) = *extent;
+            let done = written.min(length);
+            written -= done;
+            let Extent::Data { offset, .. } = *extent else {
                 continue;
             };
-            let first = ends.partition_point(|end| *end <= offset);
+            if done == length {
+                continue;
+            }
+            self.bytes = self.bytes.saturating_add(length - done);
+            let first = ends.partition_point(|end| *end <= offset.saturating_add(done));
             let last = ends.partition_point(|end| *end < offset.saturating_add(length));
             // What points beyond the end is found by whoever reads it.
             for wanted in wanted.iter_mut().take(last + 1).skip(first) {
@@ -284,21 +295,31 @@ impl Plan {
     }
 }
 
-/// Writes the local index of a snapshot's tree: words from the layers, stamps from the disk.
+/// Writes the index under way of a snapshot's tree below `root`: words from the layers, stamps from the disk.
 pub async fn reindex(
     config: &Config,
     state: &State,
+    root: &Path,
     record: &Record,
     indexes: &[LayerIndex],
     trust: Trust,
 ) -> Result<(), Error> {
     let mut merge = Merge::new(indexes)?;
     let file = state.index_under_way()?;
-    let (root, excludes) = (config.root.clone(), config.excludes.clone());
+    let (root, excludes) = (root.to_owned(), config.excludes.clone());
     let snapshot = record.id.clone();
     with_identity(config.identity, "walk", move || {
         adopt(&root, &excludes, &mut merge, &snapshot, file, trust)
     })
-    .await??;
-    state.keep_index()
+    .await?
+}
+
+/// Takes note in the index under way of what moving its entries has changed.
+pub async fn restamp(config: &Config, state: &State) -> Result<(), Error> {
+    let Some(index) = state.index(Which::UnderWay)? else {
+        return Ok(());
+    };
+    let (file, root) = (state.index_under_way()?, config.root.clone());
+    let copy = move || local_index::restamp(&index, &root, file);
+    with_identity(config.identity, "walk", copy).await?
 }

@@ -1,13 +1,22 @@
 //! Makes the local index of a snapshot that was taken elsewhere or long ago: the words come from its layers, the stamps from
 //! the tree on the disk. What has no stamp counts as changed at the next backup.
 
-use std::{fs::File, path::Path};
+use std::{ffi::CString, fs::File, path::Path};
 
-use super::{LocalIndex, compare::is_equal, file_clock};
+use nix::{fcntl::AtFlags, sys::stat::fstatat};
+
+use super::{
+    LocalIndex, UNDER_WAY,
+    compare::{is_equal, lacks_attributes},
+    file_clock,
+};
 use crate::{
     archive::{
         entry::{Entry, Kind, compare},
+        index::{IndexReader, IndexWriter},
+        line::Scope,
         merge::Merge,
+        spool::Spool,
     },
     error::Error,
     tree::{
@@ -51,7 +60,10 @@ pub fn adopt(
             let mut entry = word.entry;
             if trust == Trust::Restored && entry.kind != Kind::Deleted {
                 // The owner may be another one here.
-                let restored = found.entry.clone();
+                let mut restored = found.entry.clone();
+                if let Some(stamp) = &mut restored.stamp {
+                    stamp.is_bare = !entry.xattrs.is_empty() && lacks_attributes(found, &entry);
+                }
                 entry = Entry {
                     sha256: entry.sha256,
                     extents: entry.extents,
@@ -73,4 +85,36 @@ pub fn adopt(
         next = merge.next()?;
     }
     index.finish()
+}
+
+/// Copies an index, with new stamps for the entries of the tree's root whose change times alone are not what it has: moving
+/// them, as a restore does on a mount point, changes those.
+pub fn restamp(index: &Spool, root: &Path, file: File) -> Result<(), Error> {
+    let failed = || Error::local("read", UNDER_WAY);
+    let mut lines = IndexReader::new(index.reader()).map_err(failed())?;
+    let header = lines.line().map_err(failed())?.map(<[u8]>::to_vec);
+    let mut copy = IndexWriter::new(file, Scope::Local).map_err(failed())?;
+    copy.line(&header.unwrap_or_default()).map_err(failed())?;
+    let directory = scan::open_root(root).map_err(Error::local("open", root))?;
+    while let Some(mut entry) = lines.entry().map_err(failed())? {
+        if let Some(stamp) = entry.stamp.as_mut()
+            && let Ok(name) = CString::new(entry.path.as_slice())
+            && !entry.path.contains(&b'/')
+        {
+            let flags = AtFlags::AT_SYMLINK_NOFOLLOW | AtFlags::AT_EMPTY_PATH;
+            // What is gone, or somebody else's by now, keeps its stamp and counts as changed.
+            if let Ok(status) = fstatat(&directory, name.as_c_str(), flags) {
+                let found = scan::entry(&entry.path, entry.kind, &status);
+                let is_same_file = found.stamp.is_some_and(|now| now.ino == stamp.ino);
+                let is_alike = (found.mode, found.uid, found.gid, found.mtime)
+                    == (entry.mode, entry.uid, entry.gid, entry.mtime)
+                    && (entry.kind != Kind::File || found.size == entry.size);
+                if let Some(now) = found.stamp.filter(|_| is_same_file && is_alike) {
+                    stamp.ctime = now.ctime;
+                }
+            }
+        }
+        copy.entry(&entry).map_err(failed())?;
+    }
+    copy.finish().map(drop).map_err(failed())
 }

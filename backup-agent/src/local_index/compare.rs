@@ -61,7 +61,15 @@ impl Doubts<'_> {
             });
         }
         if !scan::is_same(&found.entry, known) {
-            return Ok(Judgement::Changed);
+            // A directory that was renamed, as the root is by a restore: its attributes tell.
+            let is_renamed = known.kind == Kind::Dir
+                && known.stamp.is_some_and(|last| last.ino == stamp.ino)
+                && scan::is_alike(&found.entry, known)
+                && self.racy == Racy::Read;
+            return Ok(match is_renamed.then(|| is_equal(found, known)) {
+                Some(Ok(true)) => Judgement::Same,
+                _ => Judgement::Changed,
+            });
         }
         if !self.unseen.contains(&stamp.ino)
             && !could_repeat(stamp.ctime, self.started, self.ended)?
@@ -108,6 +116,16 @@ pub fn is_equal(found: &Found<'_>, known: &Entry) -> Result<bool, Miss> {
         (Kind::Dir, None) => Ok(false),
         (Kind::Symlink | Kind::Hardlink | Kind::Deleted, _) => Ok(true),
     }
+}
+
+/// Whether a file or directory does not have the attributes that the index has, though it was made so a moment ago.
+pub fn lacks_attributes(found: &Found<'_>, known: &Entry) -> bool {
+    let has_all = match found.directory {
+        Some(directory) => read::has_xattrs(directory, known),
+        None => read::open(found.parent, found.name)
+            .and_then(|content| read::has_xattrs(content.file(), known)),
+    };
+    has_all == Ok(false)
 }
 
 /// Reads all that a snapshot has of a file or directory, to see whether that works again.

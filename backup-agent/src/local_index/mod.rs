@@ -10,7 +10,7 @@ use nix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 
 pub use self::{
-    adopt::{Trust, adopt},
+    adopt::{Trust, adopt, restamp},
     compare::{Doubts, Judgement, Racy, could_repeat, is_equal, is_tree_same, unit},
 };
 use crate::{

@@ -6,9 +6,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     error::Error,
+    log,
     snapshot::{
         id,
-        record::{FORMAT, LARGEST},
+        record::{FORMAT, LARGEST, too_long},
         sealed,
     },
     store::{Store, StoreError, twice},
@@ -57,7 +58,48 @@ async fn read_once(store: &dyn Store) -> Result<Option<Seen>, Error> {
             Ok(Some(Seen { head, etag }))
         }
         Err(StoreError::NotFound) => Ok(None),
+        Err(StoreError::TooLong) => Err(too_long(KEY)),
         Err(error) => Err(Error::store("read", KEY)(error)),
+    }
+}
+
+/// Reads the head for work that does not depend on it: one that is damaged is [`Head::unreadable`].
+pub async fn look(store: &dyn Store) -> Result<Option<Seen>, Error> {
+    let error = match read(store).await {
+        Err(error @ Error::Damaged { .. }) => error,
+        other => return other,
+    };
+    log::warn(
+        "going on without the head",
+        &[("error", error.to_string().into())],
+    );
+    let etag = match store.get(KEY).await {
+        // It was written anew meanwhile.
+        Ok((bytes, _)) if judge(&bytes).is_ok() => return read(store).await,
+        Ok((_, etag)) => etag,
+        Err(StoreError::NotFound) => return Ok(None),
+        // Its tag is unknown, so nobody can replace it.
+        Err(StoreError::TooLong) => String::new(),
+        Err(error) => return Err(Error::store("read", KEY)(error)),
+    };
+    let head = Head::unreadable();
+    Ok(Some(Seen { head, etag }))
+}
+
+impl Head {
+    /// Stands for a head that is damaged: of no snapshot, and nobody's.
+    fn unreadable() -> Self {
+        Self {
+            format: FORMAT,
+            snapshot: None,
+            sequence: 0,
+            writer: String::new(),
+        }
+    }
+
+    /// Whether this stands for a head that is damaged.
+    pub fn is_unreadable(&self) -> bool {
+        self.writer.is_empty()
     }
 }
 
@@ -69,6 +111,8 @@ pub fn judge(bytes: &[u8]) -> Result<Head, Error> {
         format!("it has format {format}, this tool reads {FORMAT}")
     } else if head.sequence > LARGEST {
         "it has an absurd sequence".to_owned()
+    } else if head.is_unreadable() {
+        "it names no writer".to_owned()
     } else if head.writer.contains(char::is_control) {
         "it has control characters".to_owned()
     } else if let Some(id) = head.snapshot.as_deref().filter(|id| !id::is_valid(id)) {

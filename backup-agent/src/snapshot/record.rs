@@ -127,9 +127,18 @@ async fn read_once(store: &dyn Store, snapshot: &str) -> Result<Record, Error> {
         StoreError::NotFound => Error::UnknownSnapshot {
             id: snapshot.to_owned(),
         },
+        StoreError::TooLong => too_long(&key),
         other => Error::store("read", &key)(other),
     })?;
     judge(snapshot, &bytes)
+}
+
+/// The error of a sealed object that is larger than any that was written.
+pub fn too_long(key: &str) -> Error {
+    Error::Damaged {
+        key: key.to_owned(),
+        reason: "it is larger than 1 MiB".to_owned(),
+    }
 }
 
 /// What the bytes of a record say, if that can be believed.

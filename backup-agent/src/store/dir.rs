@@ -287,7 +287,7 @@ fn read_small(path: &Path) -> Result<Vec<u8>, StoreError> {
         .take(limit)
         .read_to_end(&mut bytes)?;
     if bytes.len() > SMALL_OBJECT {
-        return Err(StoreError::Protocol("the object is far too large"));
+        return Err(StoreError::TooLong);
     }
     Ok(bytes)
 }

@@ -126,7 +126,7 @@ impl Http {
             let frame = frame.map_err(|error| transport(innermost(&error)))?;
             if let Some(data) = frame.data_ref() {
                 if body.len() + data.len() > limit {
-                    return Err(StoreError::Protocol("it is longer than what was asked for"));
+                    return Err(StoreError::TooLong);
                 }
                 body.extend_from_slice(data);
             }

@@ -93,6 +93,8 @@ pub trait Store {
 pub enum StoreError {
     #[error("no such object")]
     NotFound,
+    #[error("the object is larger than anything of its kind")]
+    TooLong,
     #[error("the object ends before what was asked for")]
     TooShort,
     #[error("it was changed by somebody else meanwhile")]
@@ -140,9 +142,12 @@ impl StoreError {
                     || code == "BadDigest"
             }
             Self::Transport { .. } | Self::Stalled { .. } | Self::Protocol(_) => true,
-            Self::NotFound | Self::TooShort | Self::Conflict | Self::Abandoned | Self::Io(_) => {
-                false
-            }
+            Self::NotFound
+            | Self::TooLong
+            | Self::TooShort
+            | Self::Conflict
+            | Self::Abandoned
+            | Self::Io(_) => false,
         }
     }
 }

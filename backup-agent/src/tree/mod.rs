@@ -14,6 +14,8 @@ pub mod read;
 pub mod remove;
 pub mod root;
 pub mod scan;
+pub mod staging;
 pub mod status;
 pub mod swap;
+pub mod users;
 pub mod writers;

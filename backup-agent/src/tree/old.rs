@@ -2,6 +2,7 @@
 //! about a file says no, and it is fetched.
 
 use std::{
+    borrow::Cow,
     ffi::{CStr, CString},
     fs::File,
     io::{Read, Seek, SeekFrom},
@@ -19,7 +20,7 @@ use super::{
     status::Status,
 };
 use crate::{
-    archive::entry::{Entry, Kind, display},
+    archive::entry::{Entry, Kind, Stamp, display},
     error::Error,
 };
 
@@ -88,11 +89,22 @@ impl Match<'_> {
         }
         let mut file = create(parent, name).map_err(Error::local("make", path()))?;
         copy(&self.content, &mut file, entry.size).map_err(Error::local("write", path()))?;
-        status.set(&file, entry, source)?;
-        // The copy is judged, not the original: somebody may have written to that meanwhile.
+        let lost = status.lost.clone();
+        let is_whole = status.set(&file, entry, source)?;
+        // The copy is judged, not the original: somebody may have written to that meanwhile. What this disk cannot keep is no
+        // difference.
+        let mut want = Cow::Borrowed(entry);
+        if !is_whole {
+            let stamp = want.stamp.unwrap_or_default();
+            want.to_mut().stamp = Some(Stamp {
+                is_bare: true,
+                ..stamp
+            });
+        }
         let copied = read::open(parent, name);
-        let is_right = copied.and_then(|copied| read::is_equal(&copied, entry)) == Ok(true);
+        let is_right = copied.and_then(|copied| read::is_equal(&copied, &want)) == Ok(true);
         if !is_right {
+            status.lost = lost;
             unlinkat(parent, name, UnlinkatFlags::NoRemoveDir)
                 .map_err(Error::local("remove", path()))?;
         }

@@ -12,8 +12,9 @@ use sha2::{Digest, Sha256};
 
 use super::{holes, miss::Miss};
 use crate::archive::{
-    entry::Entry,
+    entry::{Entry, SYSTEM},
     extents::{self, Runs},
+    line::USER,
 };
 
 /// Bytes that are read at once. More would be memory that the allocator gets from the kernel, and zeroed, for every file.
@@ -166,13 +167,12 @@ pub fn is_equal(content: &Content, known: &Entry) -> Result<bool, Miss> {
     Ok(known.sha256 == Some(sum.finalize().into()))
 }
 
-/// Whether a file or directory has the attributes of an entry. Attributes that no snapshot can have count as none.
+/// Whether a file or directory has the attributes of an entry, as far as the disk can keep them.
 pub fn has_xattrs(file: impl AsFd, known: &Entry) -> Result<bool, Miss> {
-    match xattrs(file) {
-        Ok(found) => Ok(found == known.xattrs),
-        Err(Miss::LeftOut(_)) => Ok(known.xattrs.is_empty()),
-        Err(miss) => Err(miss),
-    }
+    let found = xattrs(file)?.all;
+    let is_bare = known.stamp.is_some_and(|stamp| stamp.is_bare);
+    let is_known = |(name, value): (&String, &Vec<u8>)| known.xattrs.get(name) == Some(value);
+    Ok(found == known.xattrs || (is_bare && found.iter().all(is_known)))
 }
 
 /// What an error of reading an open file means: the file is there, so it is no absence.
@@ -180,48 +180,66 @@ pub fn miss(error: &io::Error) -> Miss {
     Miss::Unread(error.raw_os_error().map_or(Errno::EIO, Errno::from_raw))
 }
 
-/// The `user.*` attributes of an open file or directory. Others belong to the system, and setting them takes rights that
-/// the gateway's user does not have.
-pub fn xattrs(file: impl AsFd) -> Result<BTreeMap<String, Vec<u8>>, Miss> {
+/// The attributes of an open file or directory that a snapshot has.
+pub struct Attributes {
+    pub all: BTreeMap<String, Vec<u8>>,
+    /// It has more of `user.*` than a snapshot takes, or some that cannot be read: none of those is here.
+    pub is_cut: bool,
+}
+
+/// The attributes in `user.*` of an open file or directory, and what else gives rights on it. An ACL cannot be left out: the
+/// mode without it means something else.
+pub fn xattrs(file: impl AsFd) -> Result<Attributes, Miss> {
     use rustix::fs::{fgetxattr, flistxattr, flistxattr_query};
     use rustix::io::Errno;
 
     // The kernel's own limits: XATTR_LIST_MAX and XATTR_SIZE_MAX.
     const LIMIT: usize = 65_536;
 
-    let failed = |error: Errno| Miss::from(nix::errno::Errno::from_raw(error.raw_os_error()));
+    let failed = |error: Errno| Miss::Unread(nix::errno::Errno::from_raw(error.raw_os_error()));
 
     // Asking for the size first saves the buffer for the many files that have none.
     let needed = match flistxattr_query(&file) {
-        Ok(0) | Err(Errno::NOTSUP) => return Ok(BTreeMap::new()),
+        Ok(0) | Err(Errno::NOTSUP) => {
+            return Ok(Attributes {
+                all: BTreeMap::new(),
+                is_cut: false,
+            });
+        }
         Ok(needed) => needed,
         Err(error) => return Err(failed(error)),
     };
     let mut names = vec![0_u8; needed.max(LIMIT)];
     let length = flistxattr(&file, &mut names[..]).map_err(failed)?;
-    let mut found = BTreeMap::new();
+    let (mut all, mut is_cut) = (BTreeMap::new(), false);
     let mut room = MOST_ATTRIBUTES;
     for name in names[..length].split(|byte| *byte == 0) {
         let Ok(name) = std::str::from_utf8(name) else {
             continue;
         };
-        if !name.starts_with("user.") {
+        let is_own = name.starts_with(USER);
+        if !is_own && !SYSTEM.contains(&name) {
             continue;
         }
         let mut value = vec![0_u8; LIMIT];
         match fgetxattr(&file, name, &mut value[..]) {
             Ok(length) => {
-                let left = room.checked_sub(name.len() + length);
-                room = left.ok_or(Miss::LeftOut("it has too many attributes"))?;
+                let left = room.checked_sub(if is_own { name.len() + length } else { 0 });
+                is_cut |= left.is_none();
+                room = left.unwrap_or(0);
                 value.truncate(length);
-                found.insert(name.to_owned(), value);
+                all.insert(name.to_owned(), value);
             }
             // It was removed meanwhile.
             Err(Errno::NODATA) => {}
+            Err(Errno::ACCESS | Errno::PERM) if is_own => is_cut = true,
             Err(error) => return Err(failed(error)),
         }
+        if is_cut {
+            all.retain(|name, _| !name.starts_with(USER));
+        }
     }
-    Ok(found)
+    Ok(Attributes { all, is_cut })
 }
 
 #[cfg(test)]

@@ -37,18 +37,30 @@ pub fn remove(path: &Path) -> Result<(), Error> {
     }
     let name = CString::new(path.as_os_str().as_bytes());
     let name = name.map_err(Error::local("remove", path))?;
-    if is_gone(AT_FDCWD, &name).map_err(Error::local("remove", path))? {
+    remove_at(AT_FDCWD, &name, path)
+}
+
+/// Removes whatever has that name in a directory; `path` is what errors call it. Others may remove it at the same time.
+pub fn remove_at(directory: BorrowedFd<'_>, name: &CStr, path: &Path) -> Result<(), Error> {
+    let failed = || Error::local("remove", path);
+    if is_gone(directory, name).map_err(failed())? {
         return Ok(());
     }
-    let top = enter(AT_FDCWD, &name).map_err(Error::local("remove", path))?;
+    let top = match enter(directory, name) {
+        Ok(top) => top,
+        Err(Errno::ENOENT) => return Ok(()),
+        Err(error) => return Err(failed()(error)),
+    };
     let mut removal = Removal {
         top: top.as_fd(),
         path: path.to_owned(),
         moved: 0,
     };
     removal.empty(&top, 0)?;
-    let gone = unlinkat(AT_FDCWD, name.as_c_str(), UnlinkatFlags::RemoveDir);
-    gone.map_err(Error::local("remove", path))
+    match unlinkat(directory, name, UnlinkatFlags::RemoveDir) {
+        Ok(()) | Err(Errno::ENOENT) => Ok(()),
+        Err(error) => Err(failed()(error)),
+    }
 }
 
 /// One tree on its way out.
@@ -86,7 +98,14 @@ impl Removal<'_> {
         let place = self.path.clone();
         let failed = |error: Errno| Error::local("remove", &place)(error);
         if !is_gone(directory.as_fd(), name).map_err(failed)? {
-            let inner = enter(directory.as_fd(), name).map_err(failed)?;
+            let inner = match enter(directory.as_fd(), name) {
+                Ok(inner) => inner,
+                Err(Errno::ENOENT) => {
+                    self.path.pop();
+                    return Ok(());
+                }
+                Err(error) => return Err(failed(error)),
+            };
             if depth < DEEPEST {
                 self.empty(&inner, depth + 1)?;
                 match unlinkat(directory, name, UnlinkatFlags::RemoveDir) {

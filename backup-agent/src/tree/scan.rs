@@ -317,6 +317,7 @@ pub fn entry(path: &[u8], kind: Kind, status: &FileStat) -> Entry {
             ino: status.st_ino,
             is_linked: status.st_nlink > 1,
             is_unread: false,
+            is_bare: false,
         }),
         ..Entry::deleted(path.to_vec())
     }
@@ -324,7 +325,11 @@ pub fn entry(path: &[u8], kind: Kind, status: &FileStat) -> Entry {
 
 /// Whether what the walk found is what the index has: every change of a file changes one of these.
 pub fn is_same(found: &Entry, known: &Entry) -> bool {
-    found.stamp == known.stamp && is_alike(found, known)
+    let stamp = known.stamp.map(|stamp| Stamp {
+        is_bare: false,
+        ..stamp
+    });
+    found.stamp == stamp && is_alike(found, known)
 }
 
 /// Whether the two have the same status, as far as an owner can set it.

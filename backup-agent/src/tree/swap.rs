@@ -1,223 +1,498 @@
-//! Puts a restored tree in the place of the old one.
+//! Puts a new tree in the place of an old one. The old one survives every failure: it is removed only after the new one is
+//! whole and in its place.
 //!
-//! The new tree grows in a directory beside the root and is exchanged with it in one step (renameat2(2),
-//! `RENAME_EXCHANGE`). Where the root is a mount point there is no beside, and some file systems cannot exchange: there the
-//! entries are moved one by one, back again if one of them cannot be, and a kill in the middle is mended by the next
-//! restore.
+//! The two directories are exchanged in one step (renameat2(2), `RENAME_EXCHANGE`). Where the root is a mount point or the
+//! file system cannot exchange, the entries are moved one by one: all old ones out, then the new ones in; or, when one of them
+//! cannot be moved, all of them back. A run that is killed meanwhile is finished by the next one ([`settle`]).
 
 use std::{
-    ffi::OsString,
-    fs::{self, DirBuilder},
-    io,
+    collections::HashSet,
+    ffi::{CStr, CString, OsString},
+    fs, io,
     os::{
-        fd::{AsFd, OwnedFd},
-        unix::{
-            ffi::OsStringExt,
-            fs::{DirBuilderExt, MetadataExt},
-        },
+        fd::{AsFd, BorrowedFd, OwnedFd},
+        unix::ffi::OsStringExt,
     },
     path::{Path, PathBuf},
 };
 
 use nix::{
     errno::Errno,
-    fcntl::open,
-    sys::stat::{FileStat, Mode, UtimensatFlags, fstat, utimensat},
+    sys::stat::{FileStat, Mode, UtimensatFlags, fchmod, fstat, utimensat},
     unistd::fchown,
 };
-use rustix::fs::{CWD, RenameFlags, StatxAttributes, StatxFlags, renameat_with, statx};
+use rustix::fs::{AtFlags, CWD, RenameFlags, mkdirat, renameat, renameat_with, unlinkat};
+use serde::{Deserialize, Serialize};
 
-use super::{identity::Identity, miss::Miss, read::xattrs, remove::remove, scan::DIRECTORY};
-use crate::{error::Error, log};
+use super::{
+    root::RootId,
+    staging::{INSIDE, Journal, NEW, Work, is_there, names, open_directory, rename_free},
+    status::{hand_over_attributes, time_spec},
+};
+use crate::{
+    archive::entry::display,
+    error::{Chain, Error},
+    log,
+};
 
-/// Name of the working directory where it has to be inside of the root; `exclude` leaves it out.
-const INSIDE: &str = ".restoring";
+/// The entries of the old tree while they are moved out, and the new ones in.
+const OLD: &CStr = c"old";
+/// The same while they are moved back.
+const BACK: &CStr = c"back";
+/// What others put in the way meanwhile.
+const LATE: &CStr = c"late";
+/// Where that ends up in the root, when the old tree stays.
+const ASIDE: &str = ".restoring-aside";
 
-/// The directory in which the new tree is made, in a working directory that is root's.
-pub struct Staging {
-    /// The working directory: it has the new tree, and the old one on its way out.
-    work: PathBuf,
-    path: PathBuf,
-    fd: OwnedFd,
+/// Looks at the root for entries to move out. Somebody who goes on making some would hold this up for ever.
+const MOST_LOOKS: u32 = 16;
+/// Tries to put an entry where somebody puts another one again and again.
+const MOST_TRIES: u32 = 10_000;
+/// Entries that are named.
+const MOST_NAMED: usize = 16;
+
+/// What a swap by moves has to know after a kill.
+///
+/// An entry of the root is one of the new tree when its name is among `names` and nothing has that name in the new tree's
+/// directory any more.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Moves {
+    /// The names in the root of the new tree.
+    names: Vec<Vec<u8>>,
+    /// The new root's time: moving entries changes it. In nanoseconds.
+    mtime: i64,
+    /// Of the old root.
+    old: Status,
 }
 
-impl Staging {
-    /// Makes an empty directory for a tree that will replace `root`, owned by `identity`. What an earlier restore left
-    /// behind is removed.
-    pub fn new(root: &Path, identity: Option<Identity>) -> Result<Self, Error> {
-        let parent = root.parent().unwrap_or(Path::new("/"));
-        fs::create_dir_all(parent).map_err(Error::local("make", parent))?;
-        if let Some(mount) = mount_below(root)? {
-            // Whatever is mounted there would be emptied with the old tree.
-            return Err(Error::local("replace", mount)(Errno::EBUSY));
+/// The status of a directory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+struct Status {
+    uid: u32,
+    gid: u32,
+    mode: u32,
+    mtime: i64,
+}
+
+impl Status {
+    fn of(status: &FileStat) -> Self {
+        Self {
+            uid: status.st_uid,
+            gid: status.st_gid,
+            mode: status.st_mode & 0o7777,
+            mtime: status
+                .st_mtime
+                .saturating_mul(1_000_000_000)
+                .saturating_add(status.st_mtime_nsec),
         }
-        let work = place(root, parent);
-        remove(&work)?;
-        let make = |path: &Path, mode| {
-            let made = DirBuilder::new().mode(mode).create(path);
-            made.map_err(Error::local("make", path))
-        };
-        // Root's, and no more than a way for the owner of what is in it.
-        make(&work, 0o711)?;
-        let path = work.join("new");
-        make(&path, 0o700)?;
-        let fd = open(&path, DIRECTORY, Mode::empty()).map_err(Error::local("open", &path))?;
-        if let Some(identity) = identity {
-            // Inside of the root its owner could have swapped the directory for another between the calls above.
-            let status = fstat(&fd).map_err(Error::local("look at", &path))?;
-            if status.st_uid != 0 {
-                return Err(Error::local("trust", &path)(Errno::EPERM));
-            }
-            fchown(&fd, Some(identity.uid), Some(identity.gid))
-                .map_err(Error::local("set the owner of", &path))?;
-        }
-        Ok(Self { work, path, fd })
     }
 
-    /// Where the directory is.
-    pub fn path(&self) -> &Path {
-        &self.path
-    }
-
-    /// A descriptor of the directory.
-    pub fn fd(&self) -> Result<OwnedFd, Error> {
-        self.fd
-            .try_clone()
-            .map_err(Error::local("open", &self.path))
-    }
-
-    /// Puts the finished tree in the place of `root` and removes the old one.
-    pub fn put_in_place(self, root: &Path) -> Result<(), Error> {
-        use rustix::io::Errno;
-
-        match renameat_with(CWD, &self.path, CWD, root, RenameFlags::EXCHANGE) {
-            Ok(()) => {}
-            Err(Errno::NOENT) => {
-                fs::rename(&self.path, root).map_err(Error::local("make", root))?;
-            }
-            // Another file system, a mount point, a lower layer of an overlay, a file system that cannot.
-            Err(Errno::XDEV | Errno::BUSY | Errno::INVAL | Errno::NOSYS) => {
-                self.replace_entries(root)?;
-            }
-            Err(error) => return Err(Error::local("replace", root)(error)),
-        }
-        if let Err(error) = remove(&self.work) {
-            // The tree is there. The next restore says it again, and then it is an error.
-            log::warn(
-                "the old tree is still there in part",
-                &[("error", crate::error::Chain(&error).to_string().into())],
-            );
-        }
-        Ok(())
-    }
-
-    fn replace_entries(&self, root: &Path) -> Result<(), Error> {
-        // Before anything is moved out: that changes the time.
-        let status = fstat(&self.fd).map_err(Error::local("look at", &self.path))?;
-        let old = self.work.join("old");
-        fs::create_dir(&old).map_err(Error::local("make", &old))?;
-        let mut moved = Vec::new();
-        if let Err(error) = self.exchange_entries(root, &old, &mut moved) {
-            for (from, to) in moved.into_iter().rev() {
-                fs::rename(&to, &from).map_err(Error::local("move back", &to))?;
-            }
-            return Err(error);
-        }
-        self.hand_over_status(&status, root)
-            .map_err(Error::local("set the status of", root))
-    }
-
-    /// Notes every move in `moved`.
-    fn exchange_entries(
-        &self,
-        root: &Path,
-        old: &Path,
-        moved: &mut Vec<(PathBuf, PathBuf)>,
-    ) -> Result<(), Error> {
-        let names = |path: &Path| -> io::Result<Vec<_>> {
-            fs::read_dir(path)?
-                .map(|entry| Ok(entry?.file_name()))
-                .collect()
-        };
-        let mut stuck = Vec::new();
-        for name in names(root).map_err(Error::local("list", root))? {
-            let (from, to) = (root.join(&name), old.join(&name));
-            if from == self.work {
-                continue;
-            }
-            match fs::rename(&from, &to) {
-                Ok(()) => moved.push((from, to)),
-                // In a lower layer of an overlay, a directory stays where it is until it goes.
-                Err(error) if error.kind() == io::ErrorKind::CrossesDevices => stuck.push(from),
-                Err(error) => return Err(Error::local("move", from)(error)),
-            }
-        }
-        for path in stuck {
-            remove(&path)?;
-        }
-        for name in names(&self.path).map_err(Error::local("list", &self.path))? {
-            let (from, to) = (self.path.join(&name), root.join(&name));
-            fs::rename(&from, &to).map_err(Error::local("make", &to))?;
-            moved.push((from, to));
-        }
-        Ok(())
-    }
-
-    /// Gives the root the status that the new tree had, and removes the working directory.
-    fn hand_over_status(&self, status: &FileStat, root: &Path) -> io::Result<()> {
-        let fd = open(root, DIRECTORY, Mode::empty())?;
-        fchown(&fd, Some(status.st_uid.into()), Some(status.st_gid.into()))?;
-        let attributes = xattrs(self.fd.as_fd()).map_err(|miss| match miss {
-            Miss::Unread(errno) => errno.into(),
-            Miss::Gone | Miss::LeftOut(_) => io::Error::from(io::ErrorKind::InvalidData),
-        });
-        for (name, value) in attributes? {
-            let flags = rustix::fs::XattrFlags::empty();
-            rustix::fs::fsetxattr(&fd, name.as_str(), &value, flags)?;
-        }
-        nix::sys::stat::fchmod(&fd, Mode::from_bits_truncate(status.st_mode))?;
-        let time = nix::sys::time::TimeSpec::new(status.st_mtime, status.st_mtime_nsec);
-        // Before the time is set: inside of the root, this changes it. What is left is told about later.
-        let _ = remove(&self.work);
-        Ok(utimensat(
-            &fd,
+    fn set(self, directory: impl AsFd) -> Result<(), Errno> {
+        fchown(&directory, Some(self.uid.into()), Some(self.gid.into()))?;
+        fchmod(&directory, Mode::from_bits_truncate(self.mode))?;
+        let time = time_spec(self.mtime);
+        utimensat(
+            &directory,
             ".",
             &time,
             &time,
             UtimensatFlags::NoFollowSymlink,
-        )?)
+        )
     }
 }
 
-impl Drop for Staging {
-    /// Nothing stays behind, however the restore ends: out of time or interrupted, its future is dropped where it was.
-    fn drop(&mut self) {
-        // The thread that unpacks may make another entry or two before it notices.
-        const TRIES: u32 = 10;
-        let _ = (0..TRIES).any(|_| remove(&self.work).is_ok());
+/// What a look at the working directory found, and did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Settled {
+    /// No swap was under way.
+    Nothing,
+    /// The root is the old tree; a new one may be there in part.
+    Untouched,
+    /// The root is the new tree.
+    Replaced,
+}
+
+/// Puts the new tree in the place of the root. `true`: its entries were moved one by one.
+pub fn replace(work: &Work, root: &Path) -> Result<bool, Error> {
+    use rustix::io::Errno;
+
+    match renameat_with(&work.fd, NEW, CWD, root, RenameFlags::EXCHANGE) {
+        Ok(()) => Ok(false),
+        Err(Errno::NOENT) => fill(work, root).map(|()| false),
+        // Another file system, a mount point, a lower layer of an overlay, a file system that cannot.
+        Err(Errno::XDEV | Errno::BUSY | Errno::INVAL | Errno::NOSYS) => {
+            replace_entries(work, root).map(|()| true)
+        }
+        Err(error) => Err(Error::local("replace", root)(error)),
     }
 }
 
-/// Where the working directory of this root is.
-fn place(root: &Path, parent: &Path) -> PathBuf {
-    if is_mount_point(root, parent) {
-        return root.join(INSIDE);
+/// Puts the new tree at a path where there is nothing, or an empty directory.
+pub fn fill(work: &Work, target: &Path) -> Result<(), Error> {
+    use rustix::io::Errno;
+
+    match renameat(&work.fd, NEW, CWD, target) {
+        Ok(()) => Ok(()),
+        // A mount point, or a lower layer of an overlay.
+        Err(Errno::XDEV | Errno::BUSY) => {
+            let swap = Swap::open(work, target, begin(work, target)?)?;
+            if names(&swap.root).map_err(swap.failed("list"))?.is_empty() {
+                swap.replace()
+            } else {
+                swap.go_back()?;
+                Err(Error::local("fill", target)(Errno::NOTEMPTY))
+            }
+        }
+        Err(error) => Err(Error::local("make", target)(error)),
     }
-    let mut name = OsString::from(".");
-    name.push(root.file_name().unwrap_or_default());
-    name.push(INSIDE);
-    parent.join(name)
 }
 
-/// Removes what a restore that was killed left beside the root: the new tree in part, or the old one. Whether there was any.
-pub fn sweep(root: &Path) -> Result<bool, Error> {
-    let work = place(root, root.parent().unwrap_or(Path::new("/")));
-    let is_there = fs::symlink_metadata(&work).is_ok();
-    remove(&work).map(|()| is_there)
+fn replace_entries(work: &Work, root: &Path) -> Result<(), Error> {
+    let swap = Swap::open(work, root, begin(work, root)?)?;
+    let Err(error) = swap.replace() else {
+        return Ok(());
+    };
+    match swap.go_back() {
+        Ok(()) => Err(error),
+        Err(second) => {
+            tell_error("the old tree cannot be put back yet", &second);
+            Err(Error::RootHalf {
+                root: root.to_owned(),
+                source: Box::new(error),
+            })
+        }
+    }
+}
+
+/// Writes down what a run after a kill has to know.
+fn begin(work: &Work, root: &Path) -> Result<Moves, Error> {
+    let new = open_directory(&work.fd, NEW).map_err(work.failed("open a folder in"))?;
+    let root_fd = open_directory(CWD, &as_name(root)?).map_err(Error::local("open", root))?;
+    let status = |fd: &OwnedFd| fstat(fd).map_err(Error::local("look at", root));
+    let moves = Moves {
+        names: (names(&new)
+            .map_err(work.failed("list a folder in"))?
+            .into_iter())
+        .map(CString::into_bytes)
+        .collect(),
+        mtime: Status::of(&status(&new)?).mtime,
+        old: Status::of(&status(&root_fd)?),
+    };
+    let journal = work
+        .journal()?
+        .ok_or(Error::Internal("journal of the restore"))?;
+    // Before the journal says that moves have begun: without this folder it means that they have ended.
+    work.folder(OLD)?;
+    work.write(&Journal {
+        moves: Some(moves.clone()),
+        ..journal
+    })?;
+    Ok(moves)
+}
+
+fn as_name(path: &Path) -> Result<CString, Error> {
+    let bytes = std::os::unix::ffi::OsStrExt::as_bytes(path.as_os_str());
+    CString::new(bytes).map_err(Error::local("open", path))
+}
+
+/// Finishes or undoes what an earlier run has begun, and discards what is left of it.
+pub fn settle(work: &Work, root: &Path) -> Result<Settled, Error> {
+    let Some(journal) = work.journal()? else {
+        return if is_there(&work.fd, OLD).map_err(work.failed("look at"))? {
+            // A journal that was written to the disk has been lost or altered. The old tree is in there.
+            let error = io::Error::from(io::ErrorKind::InvalidData);
+            Err(Error::local("trust", &work.path)(error))
+        } else {
+            Ok(Settled::Nothing)
+        };
+    };
+    if let Some(moves) = journal.moves {
+        let is_back = is_there(&work.fd, BACK).map_err(work.failed("look at"))?;
+        let is_out = is_there(&work.fd, OLD).map_err(work.failed("look at"))?;
+        if is_back || is_out {
+            let swap = Swap::open(work, root, moves)?;
+            let going_on = "finishing a swap of the root that was cut short";
+            log::info(going_on, &[("root", root.display().to_string().into())]);
+            let replaced = if is_back {
+                Ok(false)
+            } else {
+                swap.replace().map(|()| true)
+            };
+            if let Err(error) = &replaced {
+                tell_error("it cannot be finished; putting the old tree back", error);
+            }
+            if !matches!(replaced, Ok(true)) {
+                swap.go_back()?;
+                return Ok(Settled::Untouched);
+            }
+        }
+    } else if RootId::at(root)? != Some(journal.tree) {
+        return Ok(Settled::Untouched);
+    }
+    work.discard(NEW)?;
+    work.discard(LATE)?;
+    work.end()?;
+    Ok(Settled::Replaced)
+}
+
+fn tell_error(message: &'static str, error: &Error) {
+    log::warn(message, &[("error", Chain(error).to_string().into())]);
+}
+
+/// Entries on their way.
+struct Swap<'a> {
+    work: &'a Work,
+    path: &'a Path,
+    root: OwnedFd,
+    new: OwnedFd,
+    moves: Moves,
+    /// The names of the new tree.
+    names: HashSet<Vec<u8>>,
+}
+
+impl<'a> Swap<'a> {
+    fn open(work: &'a Work, path: &'a Path, moves: Moves) -> Result<Self, Error> {
+        let root = open_directory(CWD, &as_name(path)?).map_err(Error::local("open", path))?;
+        let new = open_directory(&work.fd, NEW).map_err(work.failed("open a folder in"))?;
+        let names = moves.names.iter().cloned().collect();
+        Ok(Self {
+            work,
+            path,
+            root,
+            new,
+            moves,
+            names,
+        })
+    }
+
+    fn failed(&self, op: &'static str) -> impl FnOnce(rustix::io::Errno) -> Error {
+        Error::local(op, self.path)
+    }
+
+    /// An error about an entry of the root.
+    fn failed_at(&self, op: &'static str, name: &CStr) -> impl FnOnce(rustix::io::Errno) -> Error {
+        let name = OsString::from_vec(name.to_bytes().to_vec());
+        Error::local(op, self.path.join(name))
+    }
+
+    /// All old entries out, then all new ones in.
+    fn replace(&self) -> Result<(), Error> {
+        let old = self.work.folder(OLD)?;
+        let mut late = Vec::new();
+        for _ in 0..MOST_LOOKS {
+            let mut is_done = true;
+            for name in names(&self.root).map_err(self.failed("list"))? {
+                if self.is_own(&name) || self.is_new(&name)? {
+                    continue;
+                }
+                is_done = false;
+                let moved = carry(self.root.as_fd(), &name, old.as_fd());
+                if !moved.map_err(self.failed_at("move", &name))? {
+                    self.set_aside(&name, &mut late)?;
+                }
+            }
+            if is_done {
+                break;
+            }
+        }
+        for name in names(&self.new).map_err(self.work.failed("list a folder in"))? {
+            self.put(self.new.as_fd(), &name, &mut late)?;
+        }
+        let status = fstat(&self.new).map_err(Error::local("look at", self.path))?;
+        let status = Status {
+            mtime: self.moves.mtime,
+            ..Status::of(&status)
+        };
+        status
+            .set(&self.root)
+            .and_then(|()| hand_over_attributes(self.new.as_fd(), self.root.as_fd()))
+            .map_err(Error::local("set the status of", self.path))?;
+        // From here on the new tree is the root.
+        self.work.discard(OLD)?;
+        self.tell(
+            &late,
+            "removed what was written while the tree was replaced",
+        );
+        Ok(())
+    }
+
+    /// All new entries out, then all old ones back. What others have made in their places meanwhile is kept, too.
+    fn go_back(&self) -> Result<(), Error> {
+        if is_there(&self.work.fd, OLD).map_err(self.work.failed("look at"))? {
+            let turned = renameat(&self.work.fd, OLD, &self.work.fd, BACK);
+            turned.map_err(self.work.failed("rename a folder in"))?;
+        }
+        for name in names(&self.root).map_err(self.failed("list"))? {
+            if self.is_new(&name)? {
+                let moved = carry(self.root.as_fd(), &name, self.new.as_fd());
+                moved.map_err(self.failed_at("move", &name))?;
+            }
+        }
+        let back = self.work.folder(BACK)?;
+        let mut late = Vec::new();
+        for name in names(&back).map_err(self.work.failed("list a folder in"))? {
+            self.put(back.as_fd(), &name, &mut late)?;
+        }
+        self.keep_late()?;
+        self.moves
+            .old
+            .set(&self.root)
+            .map_err(Error::local("set the status of", self.path))?;
+        self.tell(
+            &late,
+            "set aside what was written while the tree was replaced",
+        );
+        let journal = self
+            .work
+            .journal()?
+            .ok_or(Error::Internal("journal of the restore"))?;
+        self.work.write(&Journal {
+            moves: None,
+            ..journal
+        })?;
+        let removed = unlinkat(&self.work.fd, BACK, AtFlags::REMOVEDIR);
+        removed.map_err(self.work.failed("remove a folder in"))
+    }
+
+    /// The working directory itself, which is in the root of a mount point.
+    fn is_own(&self, name: &CStr) -> bool {
+        self.work.path.parent() == Some(self.path) && name.to_bytes() == INSIDE.as_bytes()
+    }
+
+    /// Whether an entry of the root is one of the new tree.
+    fn is_new(&self, name: &CStr) -> Result<bool, Error> {
+        if !self.names.contains(name.to_bytes()) {
+            return Ok(false);
+        }
+        let is_still_there = is_there(&self.new, name);
+        Ok(!is_still_there.map_err(self.work.failed("look into"))?)
+    }
+
+    /// Moves an entry into the root. Whatever is in its way there is set aside first.
+    fn put(&self, from: BorrowedFd<'_>, name: &CStr, late: &mut Vec<String>) -> Result<(), Error> {
+        for _ in 0..MOST_TRIES {
+            let is_moved = carry(from, name, self.root.as_fd());
+            if is_moved.map_err(self.failed_at("make", name))? {
+                return Ok(());
+            }
+            self.set_aside(name, late)?;
+        }
+        Err(self.failed_at("make", name)(rustix::io::Errno::EXIST))
+    }
+
+    /// Moves an entry of the root out of the way.
+    fn set_aside(&self, name: &CStr, late: &mut Vec<String>) -> Result<(), Error> {
+        let folder = self.work.folder(LATE)?;
+        let mut number = late.len();
+        let place = loop {
+            let free = CString::new(number.to_string()).unwrap_or_default();
+            match mkdirat(&folder, &*free, rustix::fs::Mode::RWXU) {
+                Ok(()) => break open_directory(&folder, &free),
+                Err(rustix::io::Errno::EXIST) => number += 1,
+                Err(error) => break Err(error),
+            }
+        };
+        let place = place.map_err(self.work.failed("make a folder in"))?;
+        match carry(self.root.as_fd(), name, place.as_fd()) {
+            // It is gone again.
+            Err(rustix::io::Errno::NOENT) => Ok(()),
+            Err(error) => Err(self.failed_at("move", name)(error)),
+            Ok(_) => {
+                late.push(display(name.to_bytes()));
+                Ok(())
+            }
+        }
+    }
+
+    /// Gives back to the root what was set aside, under a name of its own.
+    fn keep_late(&self) -> Result<(), Error> {
+        let late = match open_directory(&self.work.fd, LATE) {
+            Ok(late) => late,
+            Err(rustix::io::Errno::NOENT) => return Ok(()),
+            Err(error) => return Err(self.work.failed("open a folder in")(error)),
+        };
+        let owner = (self.moves.old.uid, self.moves.old.gid);
+        // For the owner of the tree to look at, and for its next snapshot.
+        let given = names(&late).map_err(self.work.failed("list a folder in"))?;
+        let give = |folder: &OwnedFd| {
+            fchown(folder, Some(owner.0.into()), Some(owner.1.into())).map_err(Error::local(
+                "set the owner of a folder in",
+                &self.work.path,
+            ))
+        };
+        for name in given {
+            let folder = open_directory(&late, &name);
+            give(&folder.map_err(self.work.failed("open a folder in"))?)?;
+        }
+        give(&late)?;
+        let mut number = 0_u64;
+        loop {
+            let suffix = (number > 0).then(|| format!("-{number}"));
+            let name = format!("{ASIDE}{}", suffix.unwrap_or_default());
+            let free = CString::new(name).unwrap_or_default();
+            let is_moved = rename_free(self.work.fd.as_fd(), LATE, self.root.as_fd(), &free);
+            if is_moved.map_err(self.failed_at("make", &free))? {
+                return Ok(());
+            }
+            number += 1;
+        }
+    }
+
+    fn tell(&self, late: &[String], message: &'static str) {
+        if late.is_empty() {
+            return;
+        }
+        let named: Vec<&str> = late.iter().take(MOST_NAMED).map(String::as_str).collect();
+        let fields = [
+            ("root", self.path.display().to_string().into()),
+            ("entries", named.into()),
+            ("count", late.len().into()),
+        ];
+        log::warn(message, &fields);
+    }
+}
+
+/// Moves an entry to a directory where nothing has its name; `false`: something has.
+///
+/// A directory that has parts in a lower layer of an overlay cannot be renamed: it is made anew, and what is in it is moved.
+fn carry(from: BorrowedFd<'_>, name: &CStr, to: BorrowedFd<'_>) -> Result<bool, rustix::io::Errno> {
+    use rustix::io::Errno;
+
+    match rename_free(from, name, to, name) {
+        Err(Errno::XDEV) => {}
+        moved => return moved,
+    }
+    let inner = match open_directory(from, name) {
+        Ok(inner) => inner,
+        Err(Errno::NOTDIR | Errno::LOOP) => return Err(Errno::XDEV),
+        Err(error) => return Err(error),
+    };
+    match mkdirat(to, name, rustix::fs::Mode::RWXU) {
+        Ok(()) => {}
+        Err(Errno::EXIST) => return Ok(false),
+        Err(error) => return Err(error),
+    }
+    let made = open_directory(to, name)?;
+    let errno = |error: nix::Error| Errno::from_raw_os_error(error as i32);
+    let status = Status::of(&fstat(&inner).map_err(errno)?);
+    // Somebody may go on making entries.
+    for _ in 0..MOST_LOOKS {
+        for entry in names(&inner)? {
+            if !carry(inner.as_fd(), &entry, made.as_fd())? {
+                return Err(Errno::EXIST);
+            }
+        }
+        match unlinkat(from, name, AtFlags::REMOVEDIR) {
+            Err(Errno::NOTEMPTY | Errno::EXIST) => {}
+            Err(error) => return Err(error),
+            Ok(()) => return status.set(&made).map(|()| true).map_err(errno),
+        }
+    }
+    Err(Errno::NOTEMPTY)
 }
 
 /// A mount point below a directory, if there is one.
-fn mount_below(root: &Path) -> Result<Option<PathBuf>, Error> {
+pub fn mount_below(root: &Path) -> Result<Option<PathBuf>, Error> {
     const MOUNTS: &str = "/proc/self/mountinfo";
     let root = match fs::canonicalize(root) {
         Ok(root) => root,
@@ -241,17 +516,6 @@ fn unescaped(text: &[u8]) -> Option<Vec<u8>> {
         path.extend_from_slice(rest);
     }
     Some(path)
-}
-
-fn is_mount_point(root: &Path, parent: &Path) -> bool {
-    let (Ok(here), Ok(above)) = (fs::symlink_metadata(root), fs::symlink_metadata(parent)) else {
-        return false;
-    };
-    // A bind mount has the device of what it was bound from, but says so itself (Linux 5.8).
-    let flags = rustix::fs::AtFlags::SYMLINK_NOFOLLOW;
-    let is_mounted = statx(CWD, root, flags, StatxFlags::BASIC_STATS)
-        .is_ok_and(|status| status.stx_attributes.contains(StatxAttributes::MOUNT_ROOT));
-    here.dev() != above.dev() || is_mounted
 }
 
 #[cfg(test)]

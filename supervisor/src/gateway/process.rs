@@ -10,11 +10,13 @@ use std::os::unix::fs::MetadataExt as _;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::OnceLock;
 
 use nix::fcntl::OFlag;
 use nix::sys::prctl;
 use nix::sys::resource::{Resource, setrlimit};
 use nix::sys::signal::Signal;
+use nix::sys::stat::{Mode, umask};
 use nix::unistd::{self, Gid, Uid};
 
 use crate::config::{Config, Limit};
@@ -243,6 +245,16 @@ impl Prepared {
 
 const LIMITS_NAME: &str = "RUNTIME_GATEWAY_LIMITS";
 
+/// The umask that we were started with, which is the gateway's.
+static UMASK: OnceLock<Mode> = OnceLock::new();
+
+/// Gives this process a umask of its own: its files have the mode that is asked for.
+pub fn keep_umask() {
+    let inherited = umask(Mode::S_IWGRP | Mode::S_IWOTH);
+    // A second call would keep ours.
+    let _ = UMASK.set(inherited);
+}
+
 /// What a shell reports for a program that is not there, or cannot be executed.
 pub const NOT_FOUND: i32 = 127;
 pub const CANNOT_EXECUTE: i32 = 126;
@@ -259,6 +271,7 @@ fn isolate(
     let is_root = unistd::geteuid().is_root();
     let keeps_privileges = user.uid.is_root();
     let oom_score = oom::score_of_gateway();
+    let mask = UMASK.get().copied();
     let hook = move || {
         // One byte for each step, of which the last is read when there is an error: that is only a number.
         let tell = |step: u8| {
@@ -270,6 +283,9 @@ fn isolate(
         // The mask was emptied by `std` itself.
         reset_signals();
         oom::set_score(oom_score);
+        if let Some(mask) = mask {
+            umask(mask);
+        }
         for (number, limit) in (LIMITS..).zip(&limits) {
             tell(number);
             setrlimit(limit.resource, limit.value, limit.value)?;

@@ -125,19 +125,17 @@ impl Skipped {
         }
     }
 
-    /// The attributes of an entry; none, where no snapshot can have them.
+    /// The attributes of an entry, as far as a snapshot can have them.
     pub fn attributes(
         &mut self,
         of: impl AsFd,
         entry: &Entry,
     ) -> Result<BTreeMap<String, Vec<u8>>, Miss> {
-        match read::xattrs(of) {
-            Err(Miss::LeftOut(_)) => {
-                self.add(&entry.path, "only its attributes: too many, or unreadable");
-                Ok(BTreeMap::new())
-            }
-            other => other,
+        let found = read::xattrs(of)?;
+        if found.is_cut {
+            self.add(&entry.path, "only its attributes: too many, or unreadable");
         }
+        Ok(found.all)
     }
 
     /// Says what was left out.
@@ -485,6 +483,9 @@ impl Scan<'_> {
                 }
             }
             (Kind::Symlink | Kind::Hardlink | Kind::Deleted, _) => {}
+        }
+        if let Some(known) = known {
+            entry.keep_lost(known);
         }
         self.append(&entry)?;
         Ok(None)

@@ -414,6 +414,7 @@ impl Pass {
         let content = read::open(parent, &name)?;
         let mut found = scan::entry(&entry.path, Kind::File, content.status());
         found.xattrs = self.skipped.attributes(content.file(), &found)?;
+        found.keep_lost(entry);
         if self.manner.is_careful {
             content
                 .data()

@@ -79,7 +79,11 @@ pub async fn plan(
     }
     check_root(config, state)?;
     let known = state.facts.snapshot.clone();
-    let mut base = resume(config, state).await?;
+    let mut base = if options.whole {
+        None
+    } else {
+        resume(config, state).await?
+    };
     let is_confirmed = state.is_confirmed() && !options.confirm;
     if let Some(known) = known.as_ref().filter(|_| is_confirmed)
         && is_unchanged(known, base.as_ref(), state, fork)
@@ -90,7 +94,15 @@ pub async fn plan(
 
     let writer = name_of_writer(config, state)?;
     trust(config, store, state).await?;
-    let seen = head::read(store).await?;
+    let mut seen = head::look(store).await?;
+    let is_unreadable = |seen: &Option<Seen>| {
+        let seen = seen.as_ref();
+        seen.is_some_and(|seen| seen.head.is_unreadable())
+    };
+    if !fork && is_unreadable(&seen) && seen != state.facts.seen() {
+        // A damaged head is replaced by whoever restored beside it.
+        seen = head::read(store).await?;
+    }
     let place = match may_follow(seen.as_ref(), state, &writer) {
         _ if fork => Place::Beside,
         true => Place::Head,
@@ -117,14 +129,14 @@ pub async fn plan(
         .as_ref()
         .and_then(|seen| Some((seen.head.snapshot.clone()?, seen.head.sequence)));
     let parent = match place {
-        Place::Head if seen.is_some() => on_head,
+        Place::Head if seen.is_some() && !is_unreadable(&seen) => on_head,
         Place::Head | Place::Beside | Place::Lost => known
-            .filter(|_| base.is_some())
+            .filter(|_| base.is_some() || options.whole)
             .map(|known| (known.id, known.sequence)),
     };
     let follows = parent.as_ref().map(|(id, _)| id.clone());
     base = base.filter(|base| base.built_on == follows);
-    if let (None, Some(id)) = (&base, &follows) {
+    if let (None, Some(id), false) = (&base, &follows, options.whole) {
         base = rebuild(config, store, state, id).await?;
         if let (Some(base), Some(seen)) = (&base, seen.as_ref().filter(|_| place == Place::Head))
             && base.changes.count == 0
@@ -141,7 +153,7 @@ pub async fn plan(
     // What the head leads to stays. Beside it, somebody else's prune may remove what this is built on.
     if let Some(built_on) = base.as_ref().and_then(|base| base.built_on.as_ref())
         && place != Place::Head
-        && !is_there(store, built_on).await?
+        && !is_usable(store, built_on).await?
     {
         base = None;
     }
@@ -230,14 +242,14 @@ async fn confirm(
 ) -> Result<Option<Base>, Error> {
     let Some(base) = base else { return Ok(None) };
     let missing = match &base.built_on {
-        Some(id) if !is_there(store, id).await? => Some(record::key(id)),
+        Some(id) if !is_usable(store, id).await? => Some(record::key(id)),
         _ => missing_layer(store, &base.layers).await?,
     };
     let Some(missing) = missing else {
         return Ok(Some(base));
     };
     log::warn(
-        "the store has lost a part of the last snapshot; a whole new one is taken",
+        "the store has lost a part of the last snapshot, or damaged its record; a whole new one is taken",
         &[("missing", missing.into())],
     );
     // Until that is there, each run has to find it out.
@@ -279,6 +291,14 @@ pub async fn is_there(store: &dyn Store, snapshot: &str) -> Result<bool, Error> 
         Ok(_) => Ok(true),
         Err(Error::UnknownSnapshot { .. }) => Ok(false),
         Err(error) => Err(error),
+    }
+}
+
+/// Whether a snapshot can be built on this one.
+async fn is_usable(store: &dyn Store, snapshot: &str) -> Result<bool, Error> {
+    match is_there(store, snapshot).await {
+        Err(Error::Damaged { .. }) => Ok(false),
+        other => other,
     }
 }
 
@@ -385,7 +405,16 @@ async fn rebuild(
         "there is no local index of the last snapshot; comparing contents",
         &[("snapshot", snapshot.into())],
     );
-    reindex(config, state, &record, &indexes, Trust::Compare).await?;
+    reindex(
+        config,
+        state,
+        &config.root,
+        &record,
+        &indexes,
+        Trust::Compare,
+    )
+    .await?;
+    state.keep_index()?;
     let base = compare(config, state, Which::Last, snapshot, &record.layers).await?;
     Ok(base.map(|base| Base {
         totals: Some((record.totals.files, record.totals.bytes)),

@@ -23,7 +23,7 @@ use crate::{
     snapshot::{head, record},
     state::State,
     store::{self, Store},
-    tree::{identity::with_identity, remove::remove, swap::Staging},
+    tree::{identity::with_identity, remove::remove, staging::Staging},
 };
 
 /// Imports into an instance that was never used.
@@ -39,7 +39,7 @@ pub async fn run(config: &Config, store: &dyn Store, bound: Duration) -> Result<
     let databases = plan.iter().filter(|file| file.is_database()).count();
     let bytes: u64 = plan.iter().map(|file| file.object.size).sum();
 
-    let staging = Staging::new(&config.root, config.identity)?;
+    let staging = Staging::open(&config.root, config.identity, None)?;
     let (sender, receiver) = mpsc::channel(1);
     let home = staging.fd()?;
     let writing = with_identity(config.identity, "writer", move || write(&home, receiver));

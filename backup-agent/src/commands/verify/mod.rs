@@ -8,11 +8,15 @@ use serde_json::json;
 use tokio::task::yield_now;
 
 use self::layer::{Checked, check};
-use super::{Answer, choose::choose, human_bytes};
+use super::{
+    Answer,
+    choose::{choose, seen},
+    human_bytes,
+};
 use crate::{
     archive::{entry::Kind, layer_index::LayerIndex, merge::Merge},
     config::Config,
-    error::Error,
+    error::{Error, mend},
     progress,
     snapshot::{
         head,
@@ -77,7 +81,7 @@ async fn records(
     damaged: &mut BTreeMap<String, Vec<String>>,
 ) -> Result<Vec<Record>, Error> {
     if wanted != "all" {
-        let seen = head::read(store).await?;
+        let seen = seen(store, wanted, false).await?;
         return Ok(vec![choose(config, store, wanted, seen.as_ref()).await?]);
     }
     let mut note = |error| match error {
@@ -180,6 +184,13 @@ fn report(
         })).collect::<Vec<_>>(),
     });
     let mut exit = 0;
+    for key in damaged.keys() {
+        // Once for each kind of object.
+        let advice = mend(key).filter(|advice| !text.contains(advice));
+        if let Some(advice) = advice {
+            let _ = writeln!(text, "{advice}");
+        }
+    }
     if let Some((key, problems)) = damaged.iter().next() {
         let error = Error::Damaged {
             key: key.clone(),
@@ -187,7 +198,7 @@ fn report(
         };
         let (code, word) = error.code();
         exit = code;
-        json["error"] = error.to_string().into();
+        json["error"] = error.sentence().into();
         json["code"] = word.into();
     }
     Answer { text, json, exit }
