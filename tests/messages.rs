@@ -204,17 +204,20 @@ fn local(book: &mut Book) {
     book.add("no root", &host, &place, &["backup"], 74);
     fs::remove_dir_all(&host.state).expect("it is there");
     tree::write(host.folder.path(), "state", "not a directory");
-    book.add("no state", &host, &place, &["backup"], 74);
+    book.add("no state", &host, &place, &["backup"], 64);
     let place = Place::directory();
     let host = with_snapshot(&place);
-    let target = host.state.join("lock/target").display().to_string();
-    book.add(
-        "no room for the target",
-        &host,
-        &place,
-        &["restore", "--target", &target],
-        74,
-    );
+    for (title, target) in [
+        ("target among the working files", "state/lock/target"),
+        ("target in the state", "state/target"),
+        ("target in the root", "root/target"),
+    ] {
+        let target = host.folder.path().join(target).display().to_string();
+        book.add(title, &host, &place, &["restore", "--target", &target], 64);
+    }
+    fs::remove_file(host.state.join("state.json")).expect("it is there");
+    std::os::unix::fs::symlink("elsewhere", host.state.join("state.json")).expect("can link");
+    book.add("a link in the state", &host, &place, &["backup"], 74);
 }
 
 fn damage(book: &mut Book) {
@@ -478,15 +481,27 @@ fn a_command_line_that_makes_no_sense_is_a_usage_error() {
         &["frobnicate"][..],
         &[],
         &["backup", "--frobnicate"],
+        &["backup", "--level", "99"],
+        &["check", "now"],
+        &["restore", "--target"],
         &["restore", "a", "b"],
     ] {
+        let json = host.run(&[arguments, &["--json"]].concat()).expect(64);
+        let object = json.json();
+        assert_eq!(object["code"], "usage", "{object}");
+        let sentence = object["error"].as_str().expect("it is a sentence");
+        assert!(
+            sentence.starts_with("cannot understand the command line: "),
+            "{sentence}"
+        );
+        assert_eq!(json.stderr, "", "the object says all of it");
         let outcome = host.run(arguments).expect(64);
         assert_eq!(outcome.stdout, "", "{arguments:?}");
-        assert!(
-            outcome.stderr.contains("Usage: backup-agent"),
-            "{}",
-            outcome.stderr
-        );
+        let is_told = outcome.stderr.contains("Usage: backup-agent")
+            || outcome
+                .stderr
+                .contains("For more information, try '--help'");
+        assert!(is_told, "{}", outcome.stderr);
     }
     let help = host.run(&["--help"]).expect(0);
     assert_eq!(help.stderr, "");

@@ -129,11 +129,25 @@ fn a_root_in_the_place_of_which_is_something_else_is_not_backed_up() {
     fs::write(&host.root, "a file").expect("can write");
     assert_refused(&place, &host, "root_lost");
     fs::remove_file(&host.root).expect("it is there");
-    for target in [&aside, Path::new("/"), Path::new("nowhere")] {
+    for (target, code) in [("nowhere", "root_lost"), ("/", "usage")] {
         symlink(target, &host.root).expect("can make a link");
-        assert_refused(&place, &host, "root_lost");
+        if code == "usage" {
+            let refused = host.run(&["backup", "--json"]).expect(64);
+            assert_eq!(refused.json()["code"], code);
+        } else {
+            assert_refused(&place, &host, code);
+        }
         fs::remove_file(&host.root).expect("it is there");
     }
+    // Another folder behind a link is another folder; the very one is itself.
+    let other = host.folder.path().join("other");
+    fs::create_dir(&other).expect("can make a folder");
+    symlink(&other, &host.root).expect("can make a link");
+    assert_refused(&place, &host, "root_lost");
+    fs::remove_file(&host.root).expect("it is there");
+    symlink(&aside, &host.root).expect("can make a link");
+    assert_head(&place, &host);
+    fs::remove_file(&host.root).expect("it is there");
     // The very directory comes back: nothing was lost.
     fs::rename(&aside, &host.root).expect("can be moved");
     assert_head(&place, &host);

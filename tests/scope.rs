@@ -333,17 +333,6 @@ fn zstd(bytes: &[u8]) -> Vec<u8> {
 }
 
 #[test]
-fn a_root_that_is_a_link_is_not_followed() {
-    let place = Place::directory();
-    let host = Host::new(&place);
-    tree::write(&host.folder.path().join("elsewhere"), "file", "not ours");
-    fs::remove_dir(&host.root).expect("it is empty");
-    symlink(host.folder.path().join("elsewhere"), &host.root).expect("can make a link");
-    let _ = host.run(&["backup"]).expect(74);
-    assert!(place.objects().is_empty() || place.keys("snapshots/").is_empty());
-}
-
-#[test]
 fn a_file_swapped_for_a_link_while_it_is_read_gives_nothing_away() {
     let place = Place::memory();
     let Some(host) = nobodys_host(&place) else {

@@ -47,6 +47,8 @@ pub enum Verb {
         #[arg(long)]
         dry_run: bool,
     },
+    /// Check all settings, and show those in force, without asking the store
+    Check,
     /// Print a script that completes commands in a shell
     Completions {
         /// Such as bash, zsh or fish
@@ -58,6 +60,31 @@ pub enum Verb {
         #[arg(long, value_name = "URL")]
         from: String,
     },
+}
+
+impl Verb {
+    /// Whether it writes to the root or beside it; `check` speaks for those that do.
+    pub fn replaces_root(&self) -> bool {
+        match self {
+            Self::Restore(options) => options.target.is_none(),
+            Self::Prune { .. } | Self::Import { .. } | Self::Check => true,
+            Self::Backup(_) | Self::Verify { .. } | Self::List | Self::Completions { .. } => false,
+        }
+    }
+
+    /// As it is written.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Backup(_) => "backup",
+            Self::Restore(_) => "restore",
+            Self::Verify { .. } => "verify",
+            Self::List => "list",
+            Self::Prune { .. } => "prune",
+            Self::Check => "check",
+            Self::Completions { .. } => "completions",
+            Self::Import { .. } => "import",
+        }
+    }
 }
 
 /// A shell that completions can be had for.

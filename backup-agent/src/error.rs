@@ -128,6 +128,21 @@ impl Error {
         else {
             return None;
         };
+        match (self, source.raw_os_error()) {
+            (_, Some(nix::libc::ELOOP)) => {
+                return Some(
+                    "a symbolic link is never followed here: see who made it, and remove it".into(),
+                );
+            }
+            (Self::Local { op: "lock", .. }, Some(nix::libc::ENOLCK | nix::libc::EOPNOTSUPP)) => {
+                return Some(
+                    "that file system keeps no locks: use a folder on a local disk for RUNTIME_STATE, or mount it with a \
+                     lock service (for NFS rpc.statd, or the option nolock on one host alone)"
+                        .into(),
+                );
+            }
+            _ => {}
+        }
         let advice = match source.kind() {
             Kind::StorageFull | Kind::QuotaExceeded => {
                 "make room on that file system, then run it again; nothing was lost"
@@ -215,6 +230,44 @@ impl fmt::Display for Seconds {
             write!(f, "{} s", self.0.as_secs())
         } else {
             write!(f, "{} ms", self.0.as_millis())
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use nix::errno::Errno;
+
+    use super::*;
+
+    #[test]
+    fn a_place_without_locks_and_a_link_have_their_remedy() {
+        for (op, errno, part) in [
+            (
+                "lock",
+                Errno::ENOLCK,
+                Some("a local disk for RUNTIME_STATE"),
+            ),
+            (
+                "lock",
+                Errno::EOPNOTSUPP,
+                Some("a local disk for RUNTIME_STATE"),
+            ),
+            (
+                "lock",
+                Errno::ELOOP,
+                Some("a symbolic link is never followed"),
+            ),
+            ("lock", Errno::ENOSPC, Some("make room")),
+            ("read", Errno::ENOLCK, None),
+        ] {
+            let advice = Error::local(op, "/state/lock")(errno).advice();
+            let is_given =
+                part.map(|part| advice.as_ref().is_some_and(|advice| advice.contains(part)));
+            assert!(
+                is_given.unwrap_or(advice.is_none()),
+                "{op} {errno}: {advice:?}"
+            );
         }
     }
 }

@@ -22,6 +22,7 @@ use crate::{
     commands::{self, Answer},
     config::Config,
     error::Error,
+    state,
 };
 
 /// Time for tidying after the bound ran out: short, because the caller's patience is over already.
@@ -84,7 +85,12 @@ pub fn bounded(config: &Config, verb: &Verb) -> Result<Answer, Error> {
                 },
                 Err(_) => Error::Timeout {
                     after: bound,
-                    left: format!("{left}; {}", longer(verb)),
+                    left: match state::holder() {
+                        Some(holder) => {
+                            format!("{holder}: wait for that run to end, or end it; {left}")
+                        }
+                        None => format!("{left}; {}", longer(verb)),
+                    },
                 },
             }
         };

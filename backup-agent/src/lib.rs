@@ -25,8 +25,14 @@ use std::{
 
 use clap::Parser;
 use nix::sys::stat::{Mode, umask};
+use serde_json::json;
 
-use crate::{cli::Cli, config::Config};
+use crate::{
+    cli::{Cli, Verb},
+    commands::{check, completions},
+    config::Config,
+    error::Error,
+};
 
 /// Does what the command line says, and gives the exit code.
 #[must_use]
@@ -37,11 +43,23 @@ pub fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(help) => {
             let is_mistake = help.use_stderr();
-            // Printing fails only when nobody reads it.
-            let _ = help.print();
+            let is_json = is_mistake && wants_json();
+            if is_json {
+                let object = json!({ "error": usage(&help), "code": "usage" });
+                let _ = writeln!(std::io::stdout(), "{object}");
+            }
+            if !is_json || std::io::stderr().is_terminal() {
+                // Printing fails only when nobody reads it.
+                let _ = help.print();
+            }
             return ExitCode::from(if is_mistake { 64 } else { 0 });
         }
     };
+    if let Verb::Completions { shell } = &cli.verb {
+        // A script for a shell, whatever the settings of this machine.
+        let _ = std::io::stdout().write_all(&completions(*shell));
+        return ExitCode::SUCCESS;
+    }
     let json = cli.flags.json;
     match std::io::stderr().is_terminal() {
         _ if cli.flags.quiet => {}
@@ -49,8 +67,11 @@ pub fn main() -> ExitCode {
         false if json => progress::tell(),
         false => {}
     }
-    let result = Config::load(&cli, |name| std::env::var_os(name))
-        .and_then(|config| interrupt::bounded(&config, &cli.verb));
+    let result =
+        Config::load(&cli, |name| std::env::var_os(name)).and_then(|config| match &cli.verb {
+            Verb::Check => Ok(check::run(&config)),
+            verb => interrupt::bounded(&config, verb),
+        });
     progress::end();
     match result {
         Ok(answer) => {
@@ -67,7 +88,10 @@ pub fn main() -> ExitCode {
             let (exit, word) = error.code();
             let sentence = error.sentence();
             if json {
-                let object = serde_json::json!({ "error": sentence, "code": word });
+                let mut object = json!({ "error": sentence, "code": word });
+                if let (Verb::Check, Error::Settings(problems)) = (&cli.verb, &error) {
+                    object["problems"] = json!(problems);
+                }
                 let _ = writeln!(std::io::stdout(), "{object}");
             }
             // The runtime reads the object; people and scripts without --json read the sentence.
@@ -77,4 +101,23 @@ pub fn main() -> ExitCode {
             ExitCode::from(exit)
         }
     }
+}
+
+/// Whether a command line that makes no sense asks for JSON.
+fn wants_json() -> bool {
+    let words = std::env::args_os().skip(1);
+    let mut words = words.take_while(|word| word != "--");
+    words.any(|word| word.as_encoded_bytes().starts_with(b"--json"))
+}
+
+/// What is wrong with the command line, in one sentence.
+fn usage(error: &clap::Error) -> String {
+    let text = error.to_string();
+    let sentence = text.split("\n\n").next().unwrap_or_default();
+    let sentence = sentence.strip_prefix("error: ").unwrap_or(sentence);
+    let words: Vec<&str> = sentence.split_whitespace().collect();
+    format!(
+        "cannot understand the command line: {}; see backup-agent --help",
+        words.join(" ")
+    )
 }

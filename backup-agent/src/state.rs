@@ -5,23 +5,28 @@
 
 use std::{
     collections::HashSet,
-    fs::{self, DirBuilder, File, OpenOptions},
-    io::{self, Write},
-    os::unix::fs::{DirBuilderExt, OpenOptionsExt},
+    fs::{self, DirBuilder, File, Metadata, OpenOptions, TryLockError},
+    io::{self, Read, Write},
+    os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
+    sync::{Mutex, PoisonError},
+    time::Duration,
 };
 
 use jiff::Timestamp;
+use nix::{errno::Errno, libc};
 use serde::{Deserialize, Serialize};
+use tokio::time::timeout;
 
 use crate::{
     archive::spool::Spool,
-    config::Config,
+    config::{Config, is_open, is_trusted},
     error::{Chain, Error},
     local_index::fine_clock,
     log,
     snapshot::{
         head::{Head, Seen},
+        id,
         record::{Consistency, Layer},
         sealed,
     },
@@ -114,19 +119,32 @@ pub struct State {
     seen: HashSet<u64>,
     /// The file systems' clock when this run began.
     began: i64,
-    _lock: File,
+    _lock: Lock,
 }
 
 impl State {
     /// Opens the directory and waits for its lock, for as long as the caller's bound lasts.
     pub async fn open(config: &Config) -> Result<Self, Error> {
-        let directory = config.state.clone();
-        let lock = tokio::task::spawn_blocking(move || lock(&directory))
-            .await
-            .map_err(|_| Error::Internal("lock's thread"))??;
+        let (directory, verb) = (config.state.clone(), config.verb);
+        let mut locking = tokio::task::spawn_blocking(move || lock(&directory, verb));
+        let early = timeout(PATIENCE, &mut locking).await;
+        let lock = if let Ok(lock) = early {
+            lock
+        } else {
+            if let Some(holder) = holder() {
+                let fields = [("holder", holder.into())];
+                log::warn("waiting for the lock of the state folder", &fields);
+            }
+            locking.await
+        };
+        let lock = lock.map_err(|_| Error::Internal("lock's thread"))??;
         let mut facts = Facts::default();
         let path = config.state.join(FACTS);
-        match fs::read(&path) {
+        let read = open_own(&path).and_then(|mut file| {
+            let mut bytes = Vec::new();
+            file.read_to_end(&mut bytes).map(|_| bytes)
+        });
+        match read {
             Ok(bytes) => match sealed::open(FACTS, &bytes) {
                 Ok(known) => facts = known,
                 Err(error) => log::warn(
@@ -280,13 +298,7 @@ impl State {
 
     /// An empty file for an index under way. Whoever still reads an earlier one goes on reading that.
     pub fn index_under_way(&self) -> Result<File, Error> {
-        let path = self.directory.join(INDEX_UNDER_WAY);
-        match fs::remove_file(&path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                Err(Error::local("remove", path)(error))
-            }
-            _ => self.scratch(INDEX_UNDER_WAY),
-        }
+        self.scratch(INDEX_UNDER_WAY)
     }
 
     /// Makes the index under way the index of the last snapshot.
@@ -295,12 +307,18 @@ impl State {
         fs::rename(&from, self.directory.join(INDEX)).map_err(Error::local("rename", from))
     }
 
-    /// An empty working file of the runtime's own.
+    /// An empty working file that is made now: what had its name, a link to somewhere perhaps, is neither followed nor kept.
     fn scratch(&self, name: &str) -> Result<File, Error> {
         let path = self.directory.join(name);
-        private(true)
-            .open(&path)
-            .map_err(Error::local("write", path))
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                Err(Error::local("remove", path)(error))
+            }
+            _ => private()
+                .create_new(true)
+                .open(&path)
+                .map_err(Error::local("write", path)),
+        }
     }
 
     /// A working file that nobody else sees: it has no name any more.
@@ -332,7 +350,7 @@ impl State {
             Which::Part => INDEX_PART,
         };
         let path = self.directory.join(name);
-        match File::open(&path) {
+        match open_own(&path) {
             Ok(file) => Ok(Some(Spool::new(file))),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(Error::local("read", path)(error)),
@@ -341,14 +359,11 @@ impl State {
 
     fn replace(&self, name: &str, fill: impl FnOnce(&File) -> io::Result<()>) -> Result<(), Error> {
         let path = self.directory.join(name);
-        let new = self.directory.join(format!("{name}.new"));
-        private(true)
-            .open(&new)
-            .and_then(|file| {
-                fill(&file)?;
-                file.sync_all()
-            })
-            .and_then(|()| fs::rename(&new, &path))
+        let new = format!("{name}.new");
+        let made = self.scratch(&new)?;
+        fill(&made)
+            .and_then(|()| made.sync_all())
+            .and_then(|()| fs::rename(self.directory.join(new), &path))
             .map_err(Error::local("write", path))
     }
 }
@@ -358,31 +373,115 @@ const INDEX: &str = "index";
 const INDEX_UNDER_WAY: &str = "index.new";
 const INDEX_PART: &str = "index.part";
 
-fn private(truncate: bool) -> OpenOptions {
+/// How long a run waits for the lock without a word.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// The lock that this run waits for.
+static AWAITED: Mutex<Option<PathBuf>> = Mutex::new(None);
+
+/// Never by a link, and without waiting for the other end of a pipe.
+fn private() -> OpenOptions {
     let mut options = OpenOptions::new();
     options
         .read(true)
         .write(true)
-        .create(true)
-        .truncate(truncate)
-        .mode(0o600);
+        .mode(0o600)
+        .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK);
     options
 }
 
-fn lock(directory: &Path) -> Result<File, Error> {
+/// Opens a file that an earlier run made.
+fn open_own(path: &Path) -> io::Result<File> {
+    let file = private().open(path)?;
+    let status = file.metadata()?;
+    if status.is_file() && is_trusted(status.uid()) {
+        Ok(file)
+    } else {
+        Err(io::Error::other(
+            "another user made it, or it is no plain file; see what it is, and remove it",
+        ))
+    }
+}
+
+/// The lock, which says whose it is for as long as it is held.
+struct Lock(File);
+
+impl Lock {
+    /// For a person who waits; on a full disk nobody learns it. A file that has another name, too, is left as it is.
+    fn write(&self, text: &str) {
+        if self.0.metadata().is_ok_and(|status| status.nlink() == 1) {
+            let mut file = &self.0;
+            let _ = file
+                .set_len(0)
+                .and_then(|()| file.write_all(text.as_bytes()));
+        }
+    }
+}
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        // After a kill it stays, and is replaced by the next one's.
+        self.write("");
+    }
+}
+
+fn lock(directory: &Path, verb: &str) -> Result<Lock, Error> {
     DirBuilder::new()
         .recursive(true)
         .mode(0o700)
         .create(directory)
         .map_err(Error::local("make", directory))?;
+    // The settings were looked at a moment ago; it may have been made by somebody else since.
+    let status = fs::symlink_metadata(directory).map_err(Error::local("look at", directory))?;
+    if !is_private(&status) {
+        return Err(Error::local("trust", directory)(Errno::EPERM));
+    }
     let path = directory.join("lock");
-    private(false)
-        .open(&path)
-        .and_then(|file| {
-            file.lock()?;
-            Ok(file)
-        })
-        .map_err(Error::local("lock", path))
+    let taken = private().create(true).open(&path).and_then(|_| {
+        let file = open_own(&path)?;
+        match file.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => {
+                await_lock(Some(path.clone()));
+                file.lock()?;
+                await_lock(None);
+            }
+            Err(TryLockError::Error(error)) => return Err(error),
+        }
+        Ok(file)
+    });
+    let lock = Lock(taken.map_err(Error::local("lock", path))?);
+    let pid = std::process::id();
+    lock.write(&format!("pid {pid}, {verb}, since {}\n", id::now().1));
+    Ok(lock)
+}
+
+fn is_private(status: &Metadata) -> bool {
+    status.is_dir() && is_trusted(status.uid()) && !is_open(status.mode())
+}
+
+fn await_lock(path: Option<PathBuf>) {
+    *AWAITED.lock().unwrap_or_else(PoisonError::into_inner) = path;
+}
+
+/// Which lock this run waits for, and who holds it, in words; `None` when it waits for none. Whoever could write into the file
+/// may have made up what is in it, so only words are taken, and few.
+pub fn holder() -> Option<String> {
+    const LONGEST: u64 = 100;
+
+    let awaited = AWAITED.lock().unwrap_or_else(PoisonError::into_inner);
+    let path = awaited.as_ref()?;
+    let mut bytes = Vec::new();
+    // What cannot be read is another run all the same.
+    let _ = open_own(path).and_then(|file| file.take(LONGEST).read_to_end(&mut bytes));
+    let is_word = |c: &char| c.is_ascii_alphanumeric() || " ,:.-".contains(*c);
+    let text: String = bytes.into_iter().map(char::from).filter(is_word).collect();
+    let who = if text.is_empty() {
+        "another run"
+    } else {
+        &text
+    };
+    Some(format!("{} is held by {who}", path.display()))
 }
 
 impl Facts {

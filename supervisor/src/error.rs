@@ -2,7 +2,6 @@
 //!
 //! Requests have errors of their own (`api::envelope::Problem`): nothing that a request does ends up here.
 
-use std::fmt::Write as _;
 use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -17,8 +16,9 @@ pub struct SettingError {
 
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error("{}", lines(.0))]
-    Settings(Vec<SettingError>),
+    /// A sentence for each bad one.
+    #[error("{}", .0.join("\nsupervisor: "))]
+    Settings(Vec<String>),
     #[error("cannot understand {0:?}: see supervisor --help")]
     Usage(String),
     #[error("cannot listen on {address}")]
@@ -31,8 +31,13 @@ pub enum Error {
         action: &'static str,
         source: io::Error,
     },
-    #[error("cannot find the backup agent: there is no {executable}")]
-    NoAgent { executable: PathBuf },
+    #[error("cannot execute {executable}, which belongs beside the supervisor")]
+    NoAgent {
+        executable: PathBuf,
+        source: io::Error,
+    },
+    #[error("cannot check the settings: {executable} {reason}")]
+    NoCheck { executable: PathBuf, reason: String },
     #[error("cannot reach the supervisor on {address}: {reason}")]
     Unhealthy { address: SocketAddr, reason: String },
 }
@@ -45,15 +50,4 @@ impl Error {
             _ => 1,
         }
     }
-}
-
-fn lines(errors: &[SettingError]) -> String {
-    let mut text = String::new();
-    for (position, error) in errors.iter().enumerate() {
-        if position > 0 {
-            text.push_str("\nsupervisor: ");
-        }
-        let _ = write!(text, "{error}");
-    }
-    text
 }

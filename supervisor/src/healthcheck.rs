@@ -5,15 +5,14 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
-use crate::config::Config;
 use crate::error::Error;
 use crate::gateway::probe;
+use crate::secret::Secret;
 
-pub async fn check(config: &Config) -> Result<String, Error> {
-    let address = reachable(config.listen);
+pub async fn check(listen: SocketAddr, token: &Secret) -> Result<String, Error> {
+    let address = reachable(listen);
     let unhealthy = |reason: String| Error::Unhealthy { address, reason };
-    let token = config.service_token.expose();
-    let header = format!("Authorization: Bearer {token}\r\n");
+    let header = format!("Authorization: Bearer {}\r\n", token.expose());
     let (status, body) = probe::get(address, "/v1/status", &header)
         .await
         .map_err(|error| unhealthy(error.kind().to_string()))?;

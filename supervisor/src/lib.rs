@@ -23,6 +23,7 @@ pub mod untrusted;
 
 use std::ffi::OsString;
 use std::io::{self, Write as _};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -99,7 +100,13 @@ fn run(signals: io::Result<Signals>) -> Result<bool, Error> {
 
 fn read(command: Vec<OsString>) -> Result<Config, Error> {
     let variables = std::env::vars_os().collect();
-    Config::read(&variables, command).map_err(Error::Settings)
+    let environment = config::agent_environment(&variables);
+    let checked = agent::check::run(&executable()?, &environment)?;
+    Config::read(&variables, command, environment, &checked).map_err(Error::Settings)
+}
+
+fn executable() -> Result<PathBuf, Error> {
+    agent::executable().map_err(start("finding the backup-agent"))
 }
 
 fn check() -> Result<bool, Error> {
@@ -112,8 +119,9 @@ fn check() -> Result<bool, Error> {
 }
 
 fn healthcheck() -> Result<bool, Error> {
-    let config = read(Vec::new())?;
-    let status = runtime()?.block_on(healthcheck::check(&config))?;
+    let variables = std::env::vars_os().collect();
+    let (listen, token) = config::read_api_alone(&variables).map_err(Error::Settings)?;
+    let status = runtime()?.block_on(healthcheck::check(listen, &token))?;
     print(&format!("{status}\n"))
 }
 
@@ -140,11 +148,7 @@ fn supervise(config: Config, signals: Signals) -> Result<bool, Error> {
     }
     // A child's orphans come to us even when we are not PID 1.
     prctl::set_child_subreaper(true).map_err(|error| start("adopting orphans")(error.into()))?;
-    let executable = agent::executable().map_err(start("finding the backup-agent"))?;
-    if !executable.is_file() {
-        return Err(Error::NoAgent { executable });
-    }
-    runtime()?.block_on(serve(Arc::new(config), executable, signals))
+    runtime()?.block_on(serve(Arc::new(config), executable()?, signals))
 }
 
 fn runtime() -> Result<Runtime, Error> {
@@ -155,11 +159,7 @@ fn runtime() -> Result<Runtime, Error> {
         .map_err(start("the event loop"))
 }
 
-async fn serve(
-    config: Arc<Config>,
-    agent: std::path::PathBuf,
-    signals: Signals,
-) -> Result<bool, Error> {
+async fn serve(config: Arc<Config>, agent: PathBuf, signals: Signals) -> Result<bool, Error> {
     let (children, termination) = signals.listen().map_err(start("catching signals"))?;
     let (events, inbox) = mpsc::unbounded_channel();
     let (published, status) = watch::channel(Status::boot());
@@ -196,7 +196,7 @@ fn warn(config: &Config) {
     for name in &config.unknown {
         log!(Warn, "unknown setting", name = name.as_str());
     }
-    if let StoreKind::File(_) = config.store {
+    if config.store == StoreKind::File {
         log!(Warn, "the store is a directory: it dies with this disk");
     }
     if !nix::unistd::geteuid().is_root() {

@@ -14,7 +14,7 @@ use tokio::sync::{Semaphore, mpsc, watch};
 use crate::api::places::Stage;
 use crate::api::routes::Context;
 use crate::api::server;
-use crate::config::{Config, Variables};
+use crate::config::{Checked, Config, Variables};
 use crate::status::Status;
 
 /// Nothing else may look like it: whatever is made up could be shown in another place.
@@ -38,8 +38,9 @@ pub fn settings(bytes: &[u8]) {
         .map(|(name, value)| (name.into(), value.into()));
     let mut variables: Variables = variables.collect();
     variables.push(("RUNTIME_SERVICE_TOKEN".into(), TOKEN.into()));
-    if let Ok(config) = Config::read(&variables, Vec::new()) {
-        let shown = |(_, value): &(&str, String)| value.contains(TOKEN);
+    let checked = Checked::default();
+    if let Ok(config) = Config::read(&variables, Vec::new(), Vec::new(), &checked) {
+        let shown = |(_, value): &(String, String)| value.contains(TOKEN);
         assert!(!config.effective.iter().any(shown), "a token is shown");
         assert!(!format!("{config:?}").contains(TOKEN), "a token is shown");
     }
@@ -48,7 +49,8 @@ pub fn settings(bytes: &[u8]) {
 /// Everything that a client sends on one connection.
 pub fn request(bytes: &[u8]) {
     let variables = vec![("RUNTIME_SERVICE_TOKEN".into(), TOKEN.into())];
-    let config = Config::read(&variables, Vec::new()).expect("the token is all that is needed");
+    let config = Config::read(&variables, Vec::new(), Vec::new(), &Checked::default());
+    let config = config.expect("the token is all that is needed");
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_time()
         .build()

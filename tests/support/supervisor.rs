@@ -79,6 +79,7 @@ impl Setup {
         fs::create_dir(&programs).expect("can make a folder");
         place(&binary("supervisor"), &programs.join("supervisor"));
         place(&binary(agent), &programs.join("backup-agent"));
+        place(&binary("backup-agent"), &programs.join("real-agent"));
         place(&binary("fake-gateway"), &fake.join("fake-gateway"));
         let gateway = free_address();
         let settings = [
@@ -474,5 +475,6 @@ pub fn free_address() -> SocketAddr {
 }
 
 fn open_to_all(folder: &Path) {
-    fs::set_permissions(folder, Permissions::from_mode(0o777)).expect("is our folder");
+    // Sticky, as /tmp is: what is in it cannot be replaced by another user.
+    fs::set_permissions(folder, Permissions::from_mode(0o1777)).expect("is our folder");
 }

@@ -1,6 +1,7 @@
 //! The verbs. Each takes the settings and the store and gives an answer for people and one for programs.
 
 mod backup;
+pub mod check;
 mod choose;
 mod claim;
 mod compare;
@@ -75,11 +76,13 @@ pub async fn run(
         Verb::List => list::run(config, store.as_ref()).await,
         Verb::Prune { dry_run } => prune::run(config, store.as_ref(), *dry_run).await,
         Verb::Import { .. } => import::run(config, store.as_ref(), config.bound(verb)).await,
-        Verb::Completions { shell } => Ok(completions(*shell)),
+        // Neither has to do with the store; both have been done.
+        Verb::Check | Verb::Completions { .. } => Ok(Answer::new(String::new(), Value::Null)),
     }
 }
 
-fn completions(shell: Shell) -> Answer {
+/// A script that completes commands in a shell.
+pub fn completions(shell: Shell) -> Vec<u8> {
     let mut script = Vec::new();
     let (mut command, name) = (Cli::command(), "backup-agent");
     match shell {
@@ -87,8 +90,7 @@ fn completions(shell: Shell) -> Answer {
         Shell::Fish => generate(shells::Fish, &mut command, name, &mut script),
         Shell::Zsh => generate(shells::Zsh, &mut command, name, &mut script),
     }
-    let text = String::from_utf8_lossy(&script).into_owned();
-    Answer::new(text, Value::Null)
+    script
 }
 
 /// Sizes for people.

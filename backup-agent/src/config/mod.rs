@@ -1,14 +1,21 @@
 //! Settings: flags over environment over defaults, every bad one reported at once, secrets never printed.
 
 mod location;
+mod places;
 mod source;
 
-use std::{ffi::OsString, path::PathBuf, time::Duration};
+use std::{ffi::OsString, path::PathBuf, sync::mpsc, time::Duration};
 
 use nix::unistd::Uid;
 
-pub use self::location::{Bucket, Location};
-use self::source::Source;
+pub use self::{
+    location::{Bucket, Location},
+    places::{is_open, is_trusted},
+};
+use self::{
+    places::{Named, Places, Real},
+    source::Source,
+};
 use crate::{
     archive::frames::Effort,
     cli::{Cli, Verb},
@@ -18,6 +25,12 @@ use crate::{
     tree::{exclude::Excludes, freeze::Freezer, identity::Identity},
 };
 
+/// Of the folders, where no bound is known.
+const LONGEST_LOOK: Duration = Duration::from_secs(10);
+
+/// Longer bounds are mistakes, and would overflow clocks.
+const LONGEST_DURATION: Duration = Duration::from_hours(365 * 24);
+
 /// Everything the agent was told.
 #[derive(Debug, Clone)]
 pub struct Config {
@@ -25,8 +38,11 @@ pub struct Config {
     /// Where `import` takes its files from.
     pub source: Option<Location>,
     pub instance: String,
+    /// Without symbolic links, as is the state.
     pub root: PathBuf,
     pub state: PathBuf,
+    /// Where a restore unpacks to instead.
+    pub target: Option<PathBuf>,
     /// Whose rights file work is done with; `None`: the caller's.
     pub identity: Option<Identity>,
     pub excludes: Excludes,
@@ -39,6 +55,10 @@ pub struct Config {
     pub is_unfenced_allowed: bool,
     /// Set when a runtime runs the agent: the name in which it owns the instance.
     pub boot_id: Option<String>,
+    /// What this run is about.
+    pub verb: &'static str,
+    /// Name and value of every setting as used, secrets redacted.
+    pub effective: Vec<(String, String)>,
     backup_timeout: Duration,
     restore_timeout: Duration,
     timeout: Option<Duration>,
@@ -51,15 +71,10 @@ impl Config {
         let mut source = Source {
             env: &env,
             problems: Vec::new(),
+            effective: Vec::new(),
             bandwidth: cli.flags.bandwidth,
         };
-        let level = match source.text("RUNTIME_LOG") {
-            None => log::Level::Info,
-            Some(name) => log::Level::parse(&name).unwrap_or_else(|| {
-                source.reject("RUNTIME_LOG", "must be one of error, warn, info, debug");
-                log::Level::Info
-            }),
-        };
+        let level = source.level();
         log::set_limit(if flags.quiet {
             log::Level::Error
         } else {
@@ -67,34 +82,39 @@ impl Config {
         });
 
         let state = source.directory(
+            ("--state", flags.state.as_ref()),
             "RUNTIME_STATE",
-            flags.state.as_ref(),
             "/var/lib/openclaw-runtime",
         );
-        let root = source.directory("RUNTIME_ROOT", flags.root.as_ref(), "/data");
-        let instance = source.instance(flags.instance.as_ref());
-        let store = flags
-            .store
-            .clone()
-            .or_else(|| source.text("RUNTIME_STORE"))
-            .unwrap_or_else(|| format!("file://{}/store", state.display()));
-        let location = source.location("RUNTIME_STORE", &store);
+        let root = source.directory(("--root", flags.root.as_ref()), "RUNTIME_ROOT", "/data");
+        let instance = source.instance(flags);
+        let default = state.as_ref().map(|state| state.path.display().to_string());
+        let (store_name, store, is_store_given) =
+            source.store(flags, &default.unwrap_or_else(|| "/state".to_owned()));
+        let location = source.location(store_name, &store);
         let from = match &cli.verb {
             Verb::Import { from } => source.location("--from", from),
             _ => None,
         };
+        source.note_authorities();
         let identity = source.identity();
         let boot_id = source.boot_id();
-        let freezer = match &cli.verb {
-            Verb::Backup(options) => source.freezer(options, boot_id.is_some(), identity),
+        let options = match &cli.verb {
+            Verb::Backup(options) => Some(options),
             _ => None,
         };
-        let config = Self {
-            location: location.unwrap_or_else(|| Location::Directory(PathBuf::new())),
-            source: from,
+        let pause = source.pause(options.and_then(|options| options.max_pause.as_ref()));
+        let freezer =
+            options.and_then(|options| source.freezer(options, pause, boot_id.is_some(), identity));
+        let mut config = Self {
+            location: location
+                .clone()
+                .unwrap_or_else(|| Location::Directory(PathBuf::new())),
+            source: from.clone(),
             instance,
-            root,
-            state,
+            root: PathBuf::new(),
+            state: PathBuf::new(),
+            target: None,
             identity,
             excludes: source.excludes(),
             effort: Effort {
@@ -103,22 +123,46 @@ impl Config {
             },
             freezer,
             retention: source.retention(),
-            is_unfenced_allowed: match source.text("RUNTIME_STORE_UNFENCED").as_deref() {
-                None => false,
-                Some("allow") => true,
-                Some(_) => {
-                    source.reject("RUNTIME_STORE_UNFENCED", "must be unset or allow");
-                    false
-                }
-            },
+            is_unfenced_allowed: source.is_unfenced_allowed(),
             boot_id,
-            backup_timeout: source.duration("RUNTIME_BACKUP_TIMEOUT", None, 120),
-            restore_timeout: source.duration("RUNTIME_RESTORE_TIMEOUT", None, 600),
+            verb: cli.verb.name(),
+            effective: Vec::new(),
+            backup_timeout: source.duration("RUNTIME_BACKUP_TIMEOUT", "2m"),
+            restore_timeout: source.duration("RUNTIME_RESTORE_TIMEOUT", "10m"),
             timeout: flags
                 .timeout
                 .as_ref()
-                .map(|text| source.duration("--timeout", Some(text), 0)),
+                .map(|text| source.bound("--timeout", text)),
         };
+        let directory = |name, location: Option<Location>| match location {
+            Some(Location::Directory(path)) => Some(Named { name, path }),
+            _ => None,
+        };
+        let target = match &cli.verb {
+            Verb::Restore(options) => options.target.as_ref(),
+            _ => None,
+        };
+        let places = Places {
+            root,
+            is_root_replaced: cli.verb.replaces_root(),
+            state,
+            store: directory(store_name, location),
+            instance: config.instance.clone(),
+            is_store_default: !is_store_given,
+            target: target.and_then(|target| source.target(target)),
+            source: directory("--from", from),
+            gateway: identity,
+        };
+        let bound = config.bound(&cli.verb);
+        match look(places, bound)? {
+            Ok(real) => {
+                config.root = real.root;
+                config.state = real.state;
+                config.target = real.target;
+            }
+            Err(problems) => source.problems.extend(problems),
+        }
+        config.effective = source.effective;
         if source.problems.is_empty() {
             Ok(config)
         } else {
@@ -135,6 +179,7 @@ impl Config {
             | Verb::List
             | Verb::Import { .. }
             | Verb::Completions { .. } => self.restore_timeout,
+            Verb::Check => LONGEST_LOOK,
         })
     }
 
@@ -164,6 +209,24 @@ impl Config {
     }
 }
 
+/// Looks at the folders within the bound: a dead network file system answers nothing, not even to SIGKILL.
+fn look(places: Places, bound: Duration) -> Result<Result<Real, Vec<String>>, Error> {
+    let (sender, receiver) = mpsc::channel();
+    // A bad bound has been named, and is none.
+    let bound = if bound.is_zero() { LONGEST_LOOK } else { bound };
+    let looking = std::thread::Builder::new().spawn(move || {
+        // Nobody waits any more when the bound ran out.
+        let _ = sender.send(places.check());
+    });
+    looking.map_err(Error::local("start", "a thread"))?;
+    receiver.recv_timeout(bound).map_err(|_| Error::Timeout {
+        after: bound,
+        left:
+            "nothing was changed; a file system of the root, the state or the store does not answer"
+                .to_owned(),
+    })
+}
+
 /// One for each processor, but no more than memory is promised for.
 fn default_jobs() -> usize {
     const MOST: usize = 2;
@@ -181,7 +244,8 @@ pub fn parse_duration(text: &str) -> Option<Duration> {
         "h" => 3_600_000,
         _ => return None,
     };
-    count.checked_mul(millis).map(Duration::from_millis)
+    let duration = count.checked_mul(millis).map(Duration::from_millis);
+    duration.filter(|duration| *duration <= LONGEST_DURATION)
 }
 
 #[cfg(test)]
@@ -274,6 +338,7 @@ mod tests {
             "5d",
             "1.5s",
             "99999999999999999999s",
+            "9999999h",
         ] {
             assert_eq!(parse_duration(bad), None, "{bad}");
         }

@@ -173,9 +173,9 @@ impl Excludes {
 
     /// The built-in list followed by a comma-separated one.
     pub fn new(extra: &str) -> Result<Self, String> {
-        let extra = extra.split(',').map(str::trim).filter(|t| !t.is_empty());
+        let extra = split_list(extra).into_iter().map(valid);
         let built_in = built_in().map(|(text, _)| Ok(parse(text)));
-        let all = built_in.chain(extra.map(valid));
+        let all = built_in.chain(extra);
         Ok(Self(all.collect::<Result<_, String>>()?))
     }
 
@@ -238,8 +238,32 @@ impl Selection {
     }
 }
 
+/// The patterns of a list. A comma in braces, or behind a backslash, is of a pattern.
+fn split_list(list: &str) -> Vec<&str> {
+    if list.is_empty() {
+        return Vec::new();
+    }
+    let (mut depth, mut is_escaped) = (0_usize, false);
+    let is_between = |c: char| {
+        let is_literal = is_escaped;
+        is_escaped = c == '\\' && !is_literal;
+        match c {
+            _ if is_literal => {}
+            '{' => depth += 1,
+            '}' => depth = depth.saturating_sub(1),
+            ',' => return depth == 0,
+            _ => {}
+        }
+        false
+    };
+    list.split(is_between).map(str::trim).collect()
+}
+
 fn valid(text: &str) -> Result<Pattern, String> {
     let pattern = parse(text);
+    if pattern.glob.is_empty() {
+        return Err(format!("{text:?} is an empty pattern"));
+    }
     for glob in std::iter::once(&pattern.glob).chain(&pattern.target) {
         fast_glob::validate(glob)
             .map_err(|problem| format!("{text:?} is not a pattern: {problem}"))?;
@@ -296,6 +320,9 @@ mod tests {
             ("a/**/z", "a/z", false, true),
             ("*.log,!keep.log", "keep.log", false, false),
             ("*.log,!keep.log", "lose.log", false, true),
+            ("*.{log,tmp} , x", "a.tmp", false, true),
+            ("*.{log,tmp} , x", "x", false, true),
+            ("a\\,b", "a,b", false, true),
         ];
         for (patterns, path, is_directory, want) in rows {
             let excludes = Excludes::new(patterns).expect("the row's patterns are right");
@@ -476,7 +503,17 @@ mod tests {
 
     #[test]
     fn a_bad_pattern_is_named() {
-        let problem = Excludes::new("fine,[a").expect_err("an open bracket");
-        assert!(problem.contains("[a"), "{problem}");
+        for (list, pattern) in [
+            ("fine,[a", "[a"),
+            ("*.{log", "*.{log"),
+            ("a,,b", "\"\" is an empty"),
+            ("a,", "\"\" is an empty"),
+            ("a, ", "\"\" is an empty"),
+            ("!", "\"!\" is an empty"),
+            ("/", "\"/\" is an empty"),
+        ] {
+            let problem = Excludes::new(list).expect_err(list);
+            assert!(problem.contains(pattern), "{list}: {problem}");
+        }
     }
 }

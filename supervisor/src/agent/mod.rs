@@ -3,6 +3,7 @@
 //! In: a verb, the settings in a cleared environment. Out: one JSON object and an exit code, of which `outcome` makes sense.
 //! The agent bounds its own time; here is only the backstop for one that hangs.
 
+pub mod check;
 mod outcome;
 mod report;
 

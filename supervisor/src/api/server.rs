@@ -215,7 +215,7 @@ mod tests {
     use tokio::sync::mpsc;
 
     use super::*;
-    use crate::config::Config;
+    use crate::config::{Checked, Config};
     use crate::status::Status;
 
     const REQUEST: &[u8] =
@@ -227,7 +227,8 @@ mod tests {
             "RUNTIME_SERVICE_TOKEN".into(),
             "0123456789abcdef0123456789abcdef".into(),
         )];
-        let config = Config::read(&variables, Vec::new()).expect("the token is all that is needed");
+        let config = Config::read(&variables, Vec::new(), Vec::new(), &Checked::default());
+        let config = config.expect("the token is all that is needed");
         let (published, status) = watch::channel(Status::boot());
         let (events, _) = mpsc::unbounded_channel();
         let context = Arc::new(Context::new(Arc::new(config), status, events));

@@ -7,12 +7,12 @@ mod locations;
 mod reader;
 mod values;
 
+use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use crate::error::SettingError;
 use crate::gateway::process::User;
 use crate::log::Level;
 use crate::secret::{Secret, Secrets};
@@ -53,7 +53,14 @@ pub struct Config {
     /// Names that begin with `RUNTIME_` and mean nothing.
     pub unknown: Vec<String>,
     /// Name and value of every setting as used, secrets redacted.
-    pub effective: Vec<(&'static str, String)>,
+    pub effective: Vec<(String, String)>,
+}
+
+/// What the agent's own check says: its settings as used, or what is wrong with them.
+#[derive(Debug, Default)]
+pub struct Checked {
+    pub settings: BTreeMap<String, String>,
+    pub problems: Vec<String>,
 }
 
 /// Every variable with its value, as `std::env::vars_os` gives them.
@@ -61,16 +68,28 @@ pub type Variables = Vec<(OsString, OsString)>;
 
 impl Config {
     /// Reads the settings. `command` is what follows `--`; empty means the default.
-    pub fn read(variables: &Variables, command: Vec<OsString>) -> Result<Self, Vec<SettingError>> {
-        let mut reader = Reader::new(variables);
-        let service_token = reader.secret("RUNTIME_SERVICE_TOKEN", values::service_token);
-        if service_token.is_none() {
-            reader.required("RUNTIME_SERVICE_TOKEN");
-        }
-        let listen = reader.value("RUNTIME_LISTEN", "0.0.0.0:8080", locations::address);
-        let instance_id = reader.value("RUNTIME_INSTANCE_ID", "local", values::instance);
+    pub fn read(
+        variables: &Variables,
+        command: Vec<OsString>,
+        agent_environment: Variables,
+        checked: &Checked,
+    ) -> Result<Self, Vec<String>> {
+        let mut reader = Reader::new(variables, checked);
+        let (service_token, listen) = read_api(&mut reader);
         let instance_type = reader.optional("RUNTIME_INSTANCE_TYPE", values::word);
-        let (root, store) = read_places(&mut reader);
+        let root = PathBuf::from(reader.checked("RUNTIME_ROOT", "/data", as_it_is));
+        // A link that the agent has let pass leads to the same place for as long as we run.
+        let root = std::fs::canonicalize(&root).unwrap_or(root);
+        for name in [
+            "RUNTIME_S3_ACCESS_KEY_ID",
+            "RUNTIME_S3_SECRET_ACCESS_KEY",
+            "RUNTIME_S3_SESSION_TOKEN",
+        ] {
+            reader.secret_of_the_agent(name);
+        }
+        for name in environment::PROXIES {
+            reader.secret_of_a_proxy(name);
+        }
         let user = reader.value(
             "RUNTIME_GATEWAY_USER",
             &values::default_user(),
@@ -94,11 +113,12 @@ impl Config {
         let stop_grace = reader.value("RUNTIME_STOP_GRACE", "30s", values::duration);
         let limits = reader.optional("RUNTIME_GATEWAY_LIMITS", values::limits);
         let backup_interval = reader.value("RUNTIME_BACKUP_INTERVAL", "5m", values::interval);
-        let backup_timeout = reader.value("RUNTIME_BACKUP_TIMEOUT", "2m", values::positive);
-        let restore_timeout = reader.value("RUNTIME_RESTORE_TIMEOUT", "10m", values::positive);
         let hold = reader.value("RUNTIME_ON_RESTORE_FAILURE", "hold", values::hold);
-        let log = reader.value("RUNTIME_LOG", "info", values::level);
-        check_what_is_for_the_agent(&mut reader);
+        let backup_timeout = reader.checked("RUNTIME_BACKUP_TIMEOUT", "2m", values::duration);
+        let restore_timeout = reader.checked("RUNTIME_RESTORE_TIMEOUT", "10m", values::duration);
+        let log = reader.checked("RUNTIME_LOG", "info", values::level);
+        let instance_id = reader.checked("RUNTIME_INSTANCE_ID", "local", as_it_is);
+        let store = reader.checked("RUNTIME_STORE", "file:///", as_it_is);
 
         let (unknown, secret_files) = (reader.unknown(), reader.secret_files());
         let (errors, effective, mut secrets) = reader.finish();
@@ -113,14 +133,18 @@ impl Config {
         };
         Ok(Self {
             gateway_environment: environment::gateway(variables, &root, &gateway_token),
-            agent_environment: environment::agent(variables, &hex(16)),
+            agent_environment,
             state_directory: environment::state_directory(variables, &root),
             service_token,
             listen,
             instance_id,
             instance_type,
             root,
-            store,
+            store: if store.starts_with("s3://") {
+                StoreKind::S3
+            } else {
+                StoreKind::File
+            },
             gateway_address,
             gateway_token,
             user,
@@ -142,53 +166,35 @@ impl Config {
     }
 }
 
-/// The root and the store, which must not be one inside the other.
-fn read_places(reader: &mut Reader<'_>) -> (PathBuf, StoreKind) {
-    let root = reader.value("RUNTIME_ROOT", "/data", locations::directory);
-    let state = reader.value(
-        "RUNTIME_STATE",
-        "/var/lib/openclaw-runtime",
-        locations::directory,
-    );
-    if state.starts_with(&root) {
-        let reason = "it must not be inside RUNTIME_ROOT, where the gateway could read it";
-        reader.refuse("RUNTIME_STATE", reason.into());
+/// What a running supervisor is asked by: where it listens, and its token.
+pub fn read_api_alone(variables: &Variables) -> Result<(SocketAddr, Secret), Vec<String>> {
+    let checked = Checked::default();
+    let mut reader = Reader::new(variables, &checked);
+    let (token, listen) = read_api(&mut reader);
+    let (errors, ..) = reader.finish();
+    match token {
+        Some(token) if errors.is_empty() => Ok((listen, token)),
+        _ => Err(errors),
     }
-    let default = format!("file://{}/store", state.display());
-    let store = reader.value("RUNTIME_STORE", &default, locations::store);
-    if let StoreKind::File(path) = &store
-        && path.starts_with(&root)
-    {
-        let reason = "it must not be inside RUNTIME_ROOT, which it is to survive";
-        reader.refuse_once("RUNTIME_STORE", reason);
-    }
-    let endpoint = reader.optional("RUNTIME_S3_ENDPOINT", locations::endpoint);
-    let region = reader.value("RUNTIME_S3_REGION", "auto", values::word);
-    let key = reader.secret("RUNTIME_S3_ACCESS_KEY_ID", values::credential);
-    let secret = reader.secret("RUNTIME_S3_SECRET_ACCESS_KEY", values::credential);
-    reader.secret("RUNTIME_S3_SESSION_TOKEN", values::credential);
-    if store == StoreKind::S3 {
-        if key.is_none() {
-            reader.required("RUNTIME_S3_ACCESS_KEY_ID");
-        }
-        if secret.is_none() {
-            reader.required("RUNTIME_S3_SECRET_ACCESS_KEY");
-        }
-        if endpoint.is_none() && region == "auto" {
-            let reason = "an s3:// store needs it, unless RUNTIME_S3_REGION names a region of AWS";
-            reader.refuse_once("RUNTIME_S3_ENDPOINT", reason);
-        }
-    }
-    (root, store)
 }
 
-/// We do not use these; mistakes in them are to be found before anything starts, not at the first backup.
-fn check_what_is_for_the_agent(reader: &mut Reader<'_>) {
-    reader.value("RUNTIME_MAX_PAUSE", "250ms", values::duration);
-    reader.optional("RUNTIME_STORE_UNFENCED", values::allow);
-    let retention = "last=24,hourly=24,daily=7,weekly=4";
-    reader.value("RUNTIME_RETENTION", retention, values::retention);
-    reader.optional("RUNTIME_EXCLUDE", values::patterns);
+fn read_api(reader: &mut Reader<'_>) -> (Option<Secret>, SocketAddr) {
+    let token = reader.secret("RUNTIME_SERVICE_TOKEN", values::service_token);
+    if token.is_none() {
+        reader.required("RUNTIME_SERVICE_TOKEN");
+    }
+    let listen = reader.value("RUNTIME_LISTEN", "0.0.0.0:8080", locations::address);
+    (token, listen)
+}
+
+/// What the agent is given, in the name of this boot.
+pub fn agent_environment(variables: &Variables) -> Variables {
+    environment::agent(variables, &hex(16))
+}
+
+#[expect(clippy::unnecessary_wraps, reason = "it stands beside parsers")]
+fn as_it_is(text: &str) -> Result<String, String> {
+    Ok(text.to_owned())
 }
 
 fn default_command(gateway: SocketAddr) -> Vec<OsString> {
@@ -242,12 +248,19 @@ mod tests {
             ("RUNTIME_BACKUP_INTERVALL", "5m"),
             ("RUNTIME_LIFECYCLE", "always"),
             ("RUNTIME_BOOT_ID", "x"),
+            ("RUNTIME_STORE", "s3://bucket"),
+            ("RUNTIME_S3_ENDPOINT_FILE", "/run/endpoint"),
             ("RUNTIMES", "are not ours"),
         ]
         .map(|(name, value)| (name.into(), value.into()))
         .into_iter()
         .collect();
-        let config = Config::read(&variables, Vec::new()).map(|config| config.unknown);
+        let mut checked = Checked::default();
+        for name in ["RUNTIME_STORE", "RUNTIME_S3_ENDPOINT_FILE"] {
+            checked.settings.insert(name.to_owned(), String::new());
+        }
+        let config = Config::read(&variables, Vec::new(), Vec::new(), &checked);
+        let config = config.map(|config| config.unknown);
         assert_eq!(config, Ok(vec!["RUNTIME_BACKUP_INTERVALL".to_owned()]));
     }
 }

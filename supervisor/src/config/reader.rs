@@ -1,23 +1,27 @@
 //! Reads variables one by one, and keeps count of what was wrong and of what is in force.
 //!
-//! An empty variable counts as unset. A secret comes from `NAME` or from the file that `NAME_FILE` names, never from both.
+//! What is the agent's comes from its own check, which is the only one. An empty variable counts as unset. A secret comes from `NAME` or from the file that `NAME_FILE` names, never from both.
 
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io::Read as _;
 use std::path::PathBuf;
 
-use super::Variables;
+use super::{Checked, Variables};
 use crate::error::SettingError;
 use crate::secret::{REDACTED, Secret};
 
 /// Longest secret file. The tokens of clouds are a few KiB at most.
 const MAX_SECRET_FILE: u64 = 16 * 1024;
 
+/// Shortest password of a proxy that is looked for by itself.
+const MIN_PASSWORD: usize = 4;
+
 pub struct Reader<'a> {
     variables: &'a Variables,
+    checked: &'a Checked,
     errors: Vec<SettingError>,
-    effective: Vec<(&'static str, String)>,
+    effective: Vec<(String, String)>,
     secrets: Vec<Secret>,
     secret_files: Vec<SecretFile>,
 }
@@ -29,9 +33,10 @@ pub type SecretFile = (&'static str, PathBuf);
 type Parser<T> = fn(&str) -> Result<T, String>;
 
 impl<'a> Reader<'a> {
-    pub fn new(variables: &'a Variables) -> Self {
+    pub fn new(variables: &'a Variables, checked: &'a Checked) -> Self {
         Self {
             variables,
+            checked,
             errors: Vec::new(),
             effective: Vec::new(),
             secrets: Vec::new(),
@@ -39,8 +44,64 @@ impl<'a> Reader<'a> {
         }
     }
 
-    pub fn finish(self) -> (Vec<SettingError>, Vec<(&'static str, String)>, Vec<Secret>) {
-        (self.errors, self.effective, self.secrets)
+    /// What is wrong, of ours and of the agent's; what is in force; and what must not be shown. A setting of both is judged by
+    /// the agent first.
+    pub fn finish(mut self) -> (Vec<String>, Vec<(String, String)>, Vec<Secret>) {
+        let problems = &self.checked.problems;
+        let is_known = |error: &SettingError| {
+            let begin = format!("cannot use {}:", error.name);
+            problems.iter().any(|problem| problem.starts_with(&begin))
+        };
+        let ours = self.errors.iter().filter(|error| !is_known(error));
+        let ours = ours.map(ToString::to_string);
+        let errors = ours.chain(problems.iter().cloned()).collect();
+        let agents = self.checked.settings.iter();
+        let agents = agents.map(|(name, value)| (name.clone(), value.clone()));
+        let agents: Vec<_> = agents.filter(|(name, _)| !self.shows(name)).collect();
+        self.effective.extend(agents);
+        (errors, self.effective, self.secrets)
+    }
+
+    fn shows(&self, name: &str) -> bool {
+        self.effective.iter().any(|(known, _)| known == name)
+    }
+
+    /// A value that the agent has found good. There is none when it has found some setting bad.
+    pub fn checked<T>(&self, name: &str, default: &str, parse: Parser<T>) -> T {
+        let text = self.checked.settings.get(name);
+        let text = text.map_or(default, String::as_str);
+        let parsed = parse(text).or_else(|_| parse(default));
+        parsed.unwrap_or_else(|reason| panic!("the default of {name}: {reason}"))
+    }
+
+    /// A secret of the agent's, which judges it; we only have to know it where it is repeated.
+    pub fn secret_of_the_agent(&mut self, name: &'static str) {
+        let direct = super::lookup(self.variables, name).and_then(OsStr::to_str);
+        let file = super::lookup(self.variables, &format!("{name}_FILE"));
+        let text = match (direct, file) {
+            (Some(text), _) => text.to_owned(),
+            (None, Some(path)) => {
+                self.secret_files.push((name, path.into()));
+                read_secret(path).unwrap_or_default()
+            }
+            (None, None) => return,
+        };
+        self.secrets.push(Secret::new(text));
+    }
+
+    /// User and password of a proxy's address.
+    pub fn secret_of_a_proxy(&mut self, name: &str) {
+        let text = super::lookup(self.variables, name).and_then(OsStr::to_str);
+        let behind = text.map(|text| text.split_once("://").map_or(text, |(_, rest)| rest));
+        let user = behind.and_then(|behind| behind.rsplit_once('@'));
+        let secret = user.and_then(|(user, _)| Some((user, user.split_once(':')?.1)));
+        if let Some((user, password)) = secret {
+            self.secrets.push(Secret::new(user.to_owned()));
+            // A shorter one may be a part of any word, and then says nothing.
+            if password.len() >= MIN_PASSWORD {
+                self.secrets.push(Secret::new(password.to_owned()));
+            }
+        }
     }
 
     /// Where secrets came from.
@@ -67,7 +128,7 @@ impl<'a> Reader<'a> {
     pub fn value<T>(&mut self, name: &'static str, default: &str, parse: Parser<T>) -> T {
         let text = self.text(name);
         let shown = text.as_deref().unwrap_or(default);
-        self.effective.push((name, shown.to_owned()));
+        self.effective.push((name.to_owned(), shown.to_owned()));
         let parsed = parse(shown);
         parsed.unwrap_or_else(|reason| {
             self.refuse(name, reason);
@@ -77,8 +138,8 @@ impl<'a> Reader<'a> {
 
     pub fn optional<T>(&mut self, name: &'static str, parse: Parser<T>) -> Option<T> {
         let text = self.text(name);
-        self.effective
-            .push((name, text.clone().unwrap_or_default()));
+        let shown = text.clone().unwrap_or_default();
+        self.effective.push((name.to_owned(), shown));
         match parse(&text?) {
             Ok(value) => Some(value),
             Err(reason) => {
@@ -95,7 +156,7 @@ impl<'a> Reader<'a> {
             (None, None) => "",
             _ => REDACTED,
         };
-        self.effective.push((name, shown.to_owned()));
+        self.effective.push((name.to_owned(), shown.to_owned()));
         let text = match (direct, file) {
             (Some(_), Some(_)) => {
                 self.refuse(name, format!("{name}_FILE is set too; set one of them"));
@@ -114,7 +175,12 @@ impl<'a> Reader<'a> {
             },
             (None, None) => return None,
         };
-        match check(&text) {
+        let checked = if text.is_empty() {
+            Err("its file is empty".to_owned())
+        } else {
+            check(&text)
+        };
+        match checked {
             Ok(()) => {
                 let secret = Secret::new(text);
                 self.secrets.push(secret.clone());
@@ -140,7 +206,8 @@ impl<'a> Reader<'a> {
         let is_known = |name: &str| {
             self.effective.iter().any(|(known, shown)| {
                 name == *known || name.strip_suffix("_FILE") == Some(known) && shown == REDACTED
-            }) || NOT_OURS.contains(&name)
+            }) || self.checked.settings.contains_key(name)
+                || NOT_OURS.contains(&name)
         };
         self.variables
             .iter()
@@ -154,9 +221,15 @@ impl<'a> Reader<'a> {
 }
 
 /// Known names that are no settings of the supervisor: what it hands to the agent, and what is the Worker's.
-const NOT_OURS: [&str; 2] = ["RUNTIME_BOOT_ID", "RUNTIME_LIFECYCLE"];
+const NOT_OURS: [&str; 3] = ["RUNTIME_BOOT_ID", "RUNTIME_LIFECYCLE", "RUNTIME_STORE_LOCK"];
 
 fn read_secret(path: &OsStr) -> Result<String, String> {
+    // A pipe could hold us up, before anything could be said about it.
+    match std::fs::metadata(path) {
+        Ok(status) if !status.is_file() => return Err("it is not a file".to_owned()),
+        Err(error) => return Err(error.to_string()),
+        Ok(_) => {}
+    }
     let mut text = String::new();
     let read =
         File::open(path).and_then(|file| file.take(MAX_SECRET_FILE + 1).read_to_string(&mut text));

@@ -1,6 +1,7 @@
 //! What a value of each kind looks like, and the half sentence for one that does not. How it is written where something is
 //! is told by `locations`.
 
+use std::fmt;
 use std::time::Duration;
 
 use nix::sys::resource::Resource;
@@ -21,6 +22,23 @@ pub struct Limit {
     pub value: u64,
 }
 
+impl fmt::Display for Limit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let name = LIMITS.iter().find(|(_, known)| *known == self.resource);
+        let (name, _) = name.unwrap_or(&LIMITS[0]);
+        write!(f, "{name}={}", self.value)
+    }
+}
+
+const LIMITS: [(&str, Resource); 3] = [
+    ("nofile", Resource::RLIMIT_NOFILE),
+    ("nproc", Resource::RLIMIT_NPROC),
+    ("as", Resource::RLIMIT_AS),
+];
+
+/// More would only repeat themselves.
+const MOST_LIMITS: usize = 16;
+
 pub fn service_token(text: &str) -> Result<(), String> {
     if text.len() < 32 || text.len() > MAX_TOKEN {
         return Err(format!("it must have 32 to {MAX_TOKEN} characters"));
@@ -33,20 +51,6 @@ pub fn credential(text: &str) -> Result<(), String> {
         Ok(())
     } else {
         Err("it must be printable ASCII without spaces".to_owned())
-    }
-}
-
-pub fn instance(text: &str) -> Result<String, String> {
-    let fits = (1..=63).contains(&text.len())
-        && text
-            .bytes()
-            .all(|byte| matches!(byte, b'a'..=b'z' | b'0'..=b'9' | b'-'));
-    if fits {
-        Ok(text.to_owned())
-    } else {
-        Err(format!(
-            "{text:?} is not 1 to 63 of lower-case letters, digits and dashes"
-        ))
     }
 }
 
@@ -126,29 +130,17 @@ pub fn hold(text: &str) -> Result<bool, String> {
     }
 }
 
-pub fn allow(text: &str) -> Result<(), String> {
-    if text == "allow" {
-        Ok(())
-    } else {
-        Err(format!("{text:?} is not allow"))
-    }
-}
-
 pub fn limits(text: &str) -> Result<Vec<Limit>, String> {
     let limit = |part: &str| {
         let (name, value) = part.split_once('=')?;
-        let resource = match name {
-            "nofile" => Resource::RLIMIT_NOFILE,
-            "nproc" => Resource::RLIMIT_NPROC,
-            "as" => Resource::RLIMIT_AS,
-            _ => return None,
-        };
+        let (_, resource) = *LIMITS.iter().find(|(known, _)| *known == name)?;
         let value = quantity(value)?;
         Some(Limit { resource, value })
     };
     text.split(',')
         .map(limit)
-        .collect::<Option<_>>()
+        .collect::<Option<Vec<_>>>()
+        .filter(|limits| limits.len() <= MOST_LIMITS)
         .ok_or_else(|| format!("{text:?} is not a list such as nofile=65536,nproc=4096,as=4G"))
 }
 
@@ -161,29 +153,6 @@ fn quantity(text: &str) -> Option<u64> {
         None => (text, 1),
     };
     digits.parse::<u64>().ok()?.checked_mul(unit)
-}
-
-pub fn retention(text: &str) -> Result<(), String> {
-    let is_rule = |part: &str| {
-        part.split_once('=').is_some_and(|(name, value)| {
-            matches!(name, "last" | "hourly" | "daily" | "weekly") && value.parse::<u32>().is_ok()
-        })
-    };
-    if text.split(',').all(is_rule) {
-        Ok(())
-    } else {
-        Err(format!(
-            "{text:?} is not a list such as last=24,hourly=24,daily=7,weekly=4"
-        ))
-    }
-}
-
-pub fn patterns(text: &str) -> Result<(), String> {
-    if text.split(',').all(|pattern| !pattern.trim().is_empty()) {
-        Ok(())
-    } else {
-        Err(format!("{text:?} has an empty pattern"))
-    }
 }
 
 pub fn level(text: &str) -> Result<Level, String> {

@@ -4,15 +4,17 @@
 use std::ffi::{CString, OsStr};
 use std::fs;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::MetadataExt as _;
 use std::os::unix::process::CommandExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::OnceLock;
 
+use nix::fcntl::OFlag;
 use nix::sys::prctl;
-use nix::sys::resource::setrlimit;
+use nix::sys::resource::{Resource, setrlimit};
 use nix::sys::signal::Signal;
 use nix::sys::stat::{Mode, umask};
 use nix::unistd::{self, Gid, Uid};
@@ -114,8 +116,33 @@ impl From<unistd::User> for User {
     }
 }
 
+/// A program that is about to be started as the gateway is.
+pub struct Prepared {
+    pub command: Command,
+    /// What the child was last about to do; without the pipe (we may lack descriptors) that is not known.
+    steps: Option<OwnedFd>,
+    limits: Vec<Limit>,
+    user: String,
+    root: PathBuf,
+}
+
+/// What a child does before it becomes its program, in this order; each limit has a number of its own, from [`LIMITS`] on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+enum Step {
+    Groups = 1,
+    Group,
+    User,
+    Capabilities,
+    Folder,
+    Session,
+    Exec,
+}
+
+const LIMITS: u8 = 100;
+
 /// `program` with `arguments`, set up as the gateway is. It is looked up in the `PATH` of the gateway's environment.
-pub fn command(config: &Config, program: &OsStr, arguments: &[impl AsRef<OsStr>]) -> Command {
+pub fn command(config: &Config, program: &OsStr, arguments: &[impl AsRef<OsStr>]) -> Prepared {
     let mut command = Command::new(program);
     command
         .args(arguments)
@@ -129,14 +156,94 @@ pub fn command(config: &Config, program: &OsStr, arguments: &[impl AsRef<OsStr>]
         .stdin(Stdio::null());
     // The settings take no path with a NUL in it; a variable of the environment cannot hold one.
     let root = CString::new(config.root.as_os_str().as_bytes()).unwrap_or_default();
-    isolate(
-        &mut command,
-        root,
-        config.limits.clone(),
-        config.user.clone(),
-    );
-    command
+    let pipe = unistd::pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK);
+    let (steps, told) = pipe.map_or((None, None), |(read, write)| (Some(read), Some(write)));
+    let (limits, user) = (config.limits.clone(), config.user.clone());
+    isolate(&mut command, root, limits.clone(), user.clone(), told);
+    Prepared {
+        command,
+        steps,
+        limits,
+        user: user.name,
+        root: config.root.clone(),
+    }
 }
+
+/// Why a program was not started.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Unstarted {
+    /// As a shell reports it.
+    pub code: i32,
+    /// Which of our settings is to blame, if any.
+    pub setting: Option<&'static str>,
+    /// What could not be done, as the rest of a sentence that begins with "cannot".
+    pub what: String,
+}
+
+impl Prepared {
+    /// What the child could not do, after its start has failed with this error.
+    pub fn explain(self, error: &io::Error) -> Unstarted {
+        let program = self.command.get_program().to_string_lossy().into_owned();
+        let mut steps = [0; 64];
+        let count = self
+            .steps
+            .map_or(0, |pipe| unistd::read(pipe, &mut steps).unwrap_or(0));
+        let last = steps[..count].last().copied();
+        let limit = |resource: Resource| {
+            let mut limits = self.limits.iter();
+            limits.find(|limit| limit.resource == resource)
+        };
+        let (setting, what) = match last {
+            // Neither is wrong with the program.
+            Some(step) if step == Step::Exec as u8 => match error.raw_os_error() {
+                Some(libc::EAGAIN) if limit(Resource::RLIMIT_NPROC).is_some() => {
+                    (Some(LIMITS_NAME), format!("execute {program} within nproc"))
+                }
+                Some(libc::ENOMEM | libc::E2BIG) if limit(Resource::RLIMIT_AS).is_some() => {
+                    (Some(LIMITS_NAME), format!("execute {program} within as"))
+                }
+                _ => (None, format!("execute {program}")),
+            },
+            Some(step) if step >= LIMITS => {
+                let limit = self.limits.get(usize::from(step - LIMITS));
+                let limit = limit.map(|limit| format!("set the limit {limit}"));
+                (Some(LIMITS_NAME), limit.unwrap_or_default())
+            }
+            Some(step) if step <= Step::User as u8 => {
+                let what = match step {
+                    1 => "groups",
+                    2 => "group",
+                    _ => "user",
+                };
+                let user = &self.user;
+                (
+                    Some("RUNTIME_GATEWAY_USER"),
+                    format!("take the {what} of {user}"),
+                )
+            }
+            Some(step) if step == Step::Folder as u8 => {
+                let what = format!("enter {} as {}", self.root.display(), self.user);
+                (Some("RUNTIME_ROOT"), what)
+            }
+            Some(step) if step == Step::Capabilities as u8 => {
+                (None, format!("drop the capabilities before {program}"))
+            }
+            Some(_) => (None, format!("make a session of its own for {program}")),
+            None => (None, format!("make a process for {program}")),
+        };
+        let code = match (last, error.kind()) {
+            (Some(step), io::ErrorKind::NotFound) if step == Step::Exec as u8 => NOT_FOUND,
+            _ => CANNOT_EXECUTE,
+        };
+        Unstarted {
+            code,
+            setting,
+            what,
+        }
+    }
+}
+
+const LIMITS_NAME: &str = "RUNTIME_GATEWAY_LIMITS";
 
 /// The umask that we were started with, which is the gateway's.
 static UMASK: OnceLock<Mode> = OnceLock::new();
@@ -152,22 +259,26 @@ pub fn keep_umask() {
 pub const NOT_FOUND: i32 = 127;
 pub const CANNOT_EXECUTE: i32 = 126;
 
-/// The exit code that a shell reports for a program that cannot be executed.
-pub fn exec_failure_code(error: &io::Error) -> i32 {
-    match error.kind() {
-        io::ErrorKind::NotFound => NOT_FOUND,
-        _ => CANNOT_EXECUTE,
-    }
-}
-
 /// What happens in the child between fork and exec.
 #[allow(unsafe_code)]
-fn isolate(command: &mut Command, root: CString, limits: Vec<Limit>, user: User) {
+fn isolate(
+    command: &mut Command,
+    root: CString,
+    limits: Vec<Limit>,
+    user: User,
+    told: Option<OwnedFd>,
+) {
     let is_root = unistd::geteuid().is_root();
     let keeps_privileges = user.uid.is_root();
     let oom_score = oom::score_of_gateway();
     let mask = UMASK.get().copied();
     let hook = move || {
+        // One byte for each step, of which the last is read when there is an error: that is only a number.
+        let tell = |step: u8| {
+            if let Some(told) = &told {
+                let _ = unistd::write(told, &[step]);
+            }
+        };
         // First, while nobody but root can signal us: our handlers write to pipes that we still share with the supervisor.
         // The mask was emptied by `std` itself.
         reset_signals();
@@ -175,28 +286,36 @@ fn isolate(command: &mut Command, root: CString, limits: Vec<Limit>, user: User)
         if let Some(mask) = mask {
             umask(mask);
         }
-        for limit in &limits {
+        for (number, limit) in (LIMITS..).zip(&limits) {
+            tell(number);
             setrlimit(limit.resource, limit.value, limit.value)?;
         }
         if !keeps_privileges {
             empty_bounding_set();
         }
         if is_root {
+            tell(Step::Groups as u8);
             unistd::setgroups(&user.groups)?;
+            tell(Step::Group as u8);
             unistd::setgid(user.gid)?;
+            tell(Step::User as u8);
             unistd::setuid(user.uid)?;
         }
+        tell(Step::Capabilities as u8);
         if !keeps_privileges {
             drop_capabilities()?;
         }
+        tell(Step::Folder as u8);
         // As the user, whose directory it is: `Command::current_dir` would enter it as root, which a root without
         // CAP_DAC_OVERRIDE may not.
         unistd::chdir(root.as_c_str())?;
+        tell(Step::Session as u8);
         unistd::setsid()?;
         prctl::set_no_new_privs()?;
         // Without a container around us nothing else would stop the gateway when we are killed.
         prctl::set_pdeathsig(Signal::SIGTERM)?;
         close_descriptors();
+        tell(Step::Exec as u8);
         Ok(())
     };
     // SAFETY: between fork and exec the hook only makes system calls that are safe in a signal handler; it does not
@@ -279,6 +398,84 @@ mod tests {
     use std::path::PathBuf;
 
     use super::*;
+
+    #[test]
+    fn the_last_step_of_a_start_says_what_is_to_blame() {
+        let explain = |steps: &[u8], errno| {
+            let (read, write) = unistd::pipe2(OFlag::O_CLOEXEC).expect("there are descriptors");
+            unistd::write(&write, steps).expect("it has room");
+            drop(write);
+            let limit = |resource| Limit { resource, value: 7 };
+            let prepared = Prepared {
+                command: Command::new("gateway"),
+                steps: Some(read),
+                limits: vec![
+                    limit(Resource::RLIMIT_NOFILE),
+                    limit(Resource::RLIMIT_NPROC),
+                ],
+                user: "ada".to_owned(),
+                root: "/data".into(),
+            };
+            prepared.explain(&io::Error::from_raw_os_error(errno))
+        };
+        let exec = Step::Exec as u8;
+        for (steps, errno, code, setting, what) in [
+            (
+                &[LIMITS][..],
+                libc::EPERM,
+                126,
+                Some(LIMITS_NAME),
+                "set the limit nofile=7",
+            ),
+            (
+                &[LIMITS, LIMITS + 1],
+                libc::EPERM,
+                126,
+                Some(LIMITS_NAME),
+                "set the limit nproc=7",
+            ),
+            (
+                &[1],
+                libc::EPERM,
+                126,
+                Some("RUNTIME_GATEWAY_USER"),
+                "take the groups of ada",
+            ),
+            (
+                &[1, 2, 3],
+                libc::EAGAIN,
+                126,
+                Some("RUNTIME_GATEWAY_USER"),
+                "take the user of ada",
+            ),
+            (
+                &[5],
+                libc::ENOENT,
+                126,
+                Some("RUNTIME_ROOT"),
+                "enter /data as ada",
+            ),
+            (&[5, exec], libc::ENOENT, 127, None, "execute gateway"),
+            (&[exec], libc::EACCES, 126, None, "execute gateway"),
+            (
+                &[exec],
+                libc::EAGAIN,
+                126,
+                Some(LIMITS_NAME),
+                "execute gateway within nproc",
+            ),
+            // No limit on memory is set.
+            (&[exec], libc::ENOMEM, 126, None, "execute gateway"),
+            (&[], libc::EAGAIN, 126, None, "make a process for gateway"),
+        ] {
+            let expected = Unstarted {
+                code,
+                setting,
+                what: what.to_owned(),
+            };
+            assert_eq!(explain(steps, errno), expected);
+        }
+    }
 
     #[test]
     fn who_can_read_a_file_depends_on_the_way_there_too() {

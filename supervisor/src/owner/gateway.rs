@@ -1,6 +1,6 @@
 //! The owner's hands on the gateway: starting it, hearing of its end, asking it to go, and sweeping up after it.
 
-use std::process::{ChildStderr, Command, Stdio};
+use std::process::{ChildStderr, Stdio};
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
@@ -11,6 +11,7 @@ use tokio::task::JoinHandle;
 
 use super::{Event, Owner};
 use crate::api::envelope::Problem;
+use crate::gateway::process::Prepared;
 use crate::gateway::process_table::Belongs;
 use crate::gateway::state::{self, Phase, Then};
 use crate::gateway::{files, probe, process, root, rpc, sweep};
@@ -70,11 +71,15 @@ impl Owner {
         state::Event::Exited(Some(code))
     }
 
-    pub(super) fn spawn(&mut self, mut command: Command, is_gateway: bool) -> Option<state::Event> {
+    pub(super) fn spawn(
+        &mut self,
+        mut program: Prepared,
+        is_gateway: bool,
+    ) -> Option<state::Event> {
         self.is_swept = false;
-        command.stderr(Stdio::piped());
+        program.command.stderr(Stdio::piped());
         self.kills.remember();
-        match self.reaper.spawn(&mut command) {
+        match self.reaper.spawn(&mut program.command) {
             Ok((mut child, exit)) => {
                 let pid = pid(&child);
                 self.has_run = true;
@@ -101,15 +106,16 @@ impl Owner {
                 None
             }
             Err(error) => {
-                let code = process::exec_failure_code(&error);
-                let program = command.get_program().to_string_lossy().into_owned();
+                let unstarted = program.explain(&error);
                 log!(
                     Error,
-                    "cannot execute",
-                    program = program,
-                    reason = error.to_string()
+                    "cannot start the program",
+                    failed = unstarted.what,
+                    setting = unstarted.setting,
+                    reason = error.to_string(),
+                    is_gateway = is_gateway,
                 );
-                Some(self.not_started(code))
+                Some(self.not_started(unstarted.code))
             }
         }
     }

@@ -2,12 +2,13 @@
 //!
 //! `restore.json`, `backup.json` and `prune.json` hold a list of steps, one per run; the last one repeats. A step is
 //! `{"exit": 0, "answer": {…}, "gate": "name", "stderr": ["line"]}`; with a gate the run waits, after those lines, until a
-//! file of that name is there.
+//! file of that name is there. `check` is answered by the real agent, `real-agent` beside it, unless `check.json` is there.
 
 use std::fs::{self, OpenOptions};
 use std::io::{Read as _, Write as _};
+use std::os::unix::process::CommandExt as _;
 use std::path::Path;
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 use std::time::Duration;
 
 use serde_json::{Value, json};
@@ -17,6 +18,12 @@ fn main() -> ExitCode {
     let folder = program.parent().expect("a program is in a folder");
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let verb = arguments.first().expect("is called with a verb");
+    if verb == "check" && !folder.join("check.json").exists() {
+        let error = Command::new(folder.join("real-agent"))
+            .args(&arguments)
+            .exec();
+        panic!("the real agent cannot be executed: {error}");
+    }
     let environment: Value = std::env::vars().collect();
     note(
         folder,

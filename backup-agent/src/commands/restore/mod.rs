@@ -93,7 +93,7 @@ pub async fn run(
         return Err(Error::Settings(vec![problem]));
     }
     let mut state = State::open(config).await?;
-    if let Some(target) = &options.target {
+    if let Some(target) = &config.target {
         let paths = &options.paths;
         let selection = (!paths.is_empty())
             .then(|| Selection::new(paths))
@@ -184,8 +184,7 @@ async fn to_target(
     selection: Option<Selection>,
     last: &Finality,
 ) -> Result<Done, Error> {
-    let target = std::path::absolute(target).map_err(Error::local("find", target))?;
-    match fs::read_dir(&target).map(|mut entries| entries.next().is_some()) {
+    match fs::read_dir(target).map(|mut entries| entries.next().is_some()) {
         Ok(true) => {
             let problem = format!("cannot use --target: {} is not empty", target.display());
             return Err(Error::Settings(vec![problem]));
@@ -198,7 +197,7 @@ async fn to_target(
     let record = choose(config, store, wanted, seen.as_ref()).await?;
     // Of a selection, nobody goes on with a part.
     let source = selection.is_none().then(|| record.id.clone());
-    let staging = stage(&target, config, source).await?;
+    let staging = stage(target, config, source).await?;
     let unpacked = async {
         let indexes = fetch_indexes(store, state, &record).await?;
         unpack(config, store, &record, &indexes, &staging, selection, None).await
