@@ -12,7 +12,7 @@ use super::{
 };
 use crate::{
     archive::{
-        entry::{Entry, Kind, compare},
+        entry::{Entry, Kind, Stamp, compare},
         index::{IndexReader, IndexWriter},
         line::Scope,
         merge::Merge,
@@ -112,7 +112,10 @@ pub fn restamp(index: &Spool, root: &Path, file: File) -> Result<(), Error> {
                     == (entry.mode, entry.uid, entry.gid, entry.mtime)
                     && (entry.kind != Kind::File || found.size == entry.size);
                 if let Some(now) = found.stamp.filter(|_| is_same_file && is_alike) {
-                    *stamp = now;
+                    *stamp = Stamp {
+                        is_bare: stamp.is_bare,
+                        ..now
+                    };
                 }
             }
         }

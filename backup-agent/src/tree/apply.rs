@@ -31,7 +31,7 @@ use super::{
 };
 use crate::{
     archive::{
-        entry::{Entry, Kind, display},
+        entry::{Entry, Kind, Stamp, display},
         extents::Extent,
         reader::RawStream,
         writer::Halt,
@@ -121,7 +121,19 @@ impl Applier {
             return Ok(false);
         };
         let found = scan::entry(&entry.path, Kind::File, content.status());
-        Ok(self.status.fits(found, entry) && read::is_equal(&content, entry) == Ok(true))
+        let mut wanted = entry.clone();
+        wanted.stamp = found.stamp.map(|stamp| Stamp {
+            is_bare: true,
+            ..stamp
+        });
+        if !self.status.fits(found, entry) || read::is_equal(&content, &wanted) != Ok(true) {
+            return Ok(false);
+        }
+        if !entry.xattrs.is_empty() {
+            // What the disk cannot keep of it was lost to the earlier run, and has to be told by this one.
+            let _ = self.status.set(content.file(), entry)?;
+        }
+        Ok(true)
     }
 
     fn take_over(&mut self, entry: &Entry) -> Result<bool, Error> {
