@@ -12,7 +12,7 @@ use crate::{
     log,
     snapshot::{
         head, history, id,
-        record::{self, Consistency, Record},
+        record::{Consistency, Record},
     },
     store::Store,
 };
@@ -22,7 +22,7 @@ pub async fn run(config: &Config, store: &dyn Store) -> Result<Answer, Error> {
     let head = head::read(store).await?;
     let newest = head.and_then(|seen| seen.head.snapshot);
     let mut records = Vec::new();
-    for read in history::read(store, &record::list(store).await?).await {
+    for read in history::all(store, newest.as_deref()).await? {
         match read {
             Ok(record) => records.push(record),
             Err(Error::Damaged { key, reason }) => log::warn(

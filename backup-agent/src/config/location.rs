@@ -6,6 +6,7 @@ use std::{fmt, io::Read, num::NonZeroU64, path::PathBuf};
 use url::Url;
 
 use super::source::Source;
+use crate::store::network::Network;
 
 /// A value that must never be shown.
 #[derive(Clone, PartialEq, Eq)]
@@ -40,6 +41,7 @@ pub struct Bucket {
     /// Empty, or ends in `/`.
     pub prefix: String,
     pub endpoint: Url,
+    pub network: Network,
     /// The bucket is part of the host name instead of the path.
     pub is_virtual_host: bool,
     pub region: String,
@@ -112,6 +114,7 @@ impl Source<'_> {
     pub fn location(&mut self, name: &str, url: &str) -> Option<Location> {
         if let Some(path) = url.strip_prefix("file://") {
             if path.starts_with('/') && path.len() > 1 {
+                self.authorities(false);
                 return Some(Location::Directory(PathBuf::from(path)));
             }
         } else if let Some(rest) = url.strip_prefix("s3://") {
@@ -188,6 +191,7 @@ impl Source<'_> {
             } else {
                 format!("{prefix}/")
             },
+            network: self.network(&url),
             endpoint: url,
             is_virtual_host,
             region,
