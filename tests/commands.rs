@@ -7,6 +7,7 @@ use std::process::{Command, Stdio};
 use e2e::agent::{Host, Place};
 use e2e::binaries::binary;
 use e2e::on_every_store;
+use e2e::surroundings::program;
 use e2e::tree::{self, assert_same, describe};
 use serde_json::Value;
 
@@ -121,6 +122,7 @@ fn at_a_terminal(host: &Host, arguments: &str, typed: &str) -> (i32, String) {
     let command = format!("{} {arguments}", binary("backup-agent").display());
     let agent = host.command::<&str>(&[]);
     let mut script = Command::new("script");
+    script.env_clear().env("PATH", "/usr/bin:/bin");
     for (name, value) in agent.get_envs() {
         if let Some(value) = value {
             script.env(name, value);
@@ -189,7 +191,7 @@ fn any_level_and_any_number_of_threads_bring_the_same_tree_back() {
 
 #[test]
 fn completions_are_printed_for_a_shell() {
-    let said = Command::new(binary("backup-agent"))
+    let said = program("backup-agent")
         .args(["completions", "bash"])
         .output()
         .expect("it runs");

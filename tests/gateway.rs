@@ -10,12 +10,12 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-use e2e::binaries::binary;
 use e2e::device::{Device, Welcome};
 use e2e::machine::{GATEWAY_TOKEN, Machine, data, find, pair_another, pair_device};
 use e2e::moto::Moto;
 use e2e::openclaw::{OpenClaw, prepare_script, require_approval};
 use e2e::supervisor::{Supervisor, is_root};
+use e2e::surroundings::{self, folder, program};
 use e2e::wait::until;
 use serde_json::{Value, json};
 
@@ -57,7 +57,7 @@ fn check_traces(machine: &Machine, supervisor: &mut Supervisor, device: &Device)
     );
 
     assert_eq!(supervisor.stop(), Some(0), "{}", supervisor.log());
-    let scratch = tempfile::tempdir()?;
+    let scratch = folder();
     machine
         .openclaw
         .check_databases(&machine.root(), scratch.path())
@@ -98,14 +98,14 @@ fn survives_the_loss_of_the_disk(machine: &Machine) -> Outcome {
 
 #[test]
 fn gateway_survives_the_loss_of_the_disk_with_a_directory_store() -> Outcome {
-    let folder = tempfile::tempdir()?;
+    let folder = folder();
     let store = format!("file://{}", folder.path().join("store").display());
     survives_the_loss_of_the_disk(&machine(folder.path(), vec![("RUNTIME_STORE", store)])?)
 }
 
 #[test]
 fn gateway_survives_the_loss_of_the_disk_with_an_s3_store() -> Outcome {
-    let folder = tempfile::tempdir()?;
+    let folder = folder();
     let moto = Moto::shared();
     moto.make_bucket("gateways");
     let store = vec![
@@ -123,7 +123,7 @@ fn gateway_killed_on_one_host_starts_on_another() -> Outcome {
     if !is_root() {
         return Ok(());
     }
-    let folder = tempfile::tempdir()?;
+    let folder = folder();
     let store = format!("file://{}", folder.path().join("store").display());
     let machine = machine(folder.path(), vec![("RUNTIME_STORE", store)])?;
     let mut supervisor = machine.start()?;
@@ -150,13 +150,13 @@ fn snapshots_of_a_gateway_at_work_start_a_gateway() -> Outcome {
     if !is_root() {
         return Ok(());
     }
-    let folder = e2e::agent::folder();
+    let folder = folder();
     let store = folder.path().join("store");
     let settings = || vec![("RUNTIME_STORE", format!("file://{}", store.display()))];
     let first = machine(folder.path(), settings())?;
     give(&first.root(), APART)?;
     let mut supervisor = first.start_apart(APART)?;
-    let home = tempfile::tempdir()?;
+    let home = surroundings::folder();
     let mut snapshots = Vec::new();
     let (paired, begun) = (AtomicUsize::new(0), AtomicUsize::new(0));
     let is_over = AtomicBool::new(false);
@@ -207,7 +207,7 @@ fn snapshots_of_a_gateway_at_work_start_a_gateway() -> Outcome {
 
         let second = machine(&folder.path().join(&id), Vec::new())?;
         fs::remove_dir_all(second.root())?;
-        let restored = Command::new(binary("backup-agent"))
+        let restored = program("backup-agent")
             .args(["restore", &id, "--target"])
             .arg(second.root())
             .envs(settings())
@@ -228,7 +228,7 @@ fn snapshots_of_a_gateway_at_work_start_a_gateway() -> Outcome {
             .all(|(there, known)| *there >= known);
         assert!(is_known, "devices and sessions: {there:?} of {known:?}");
         assert_eq!(supervisor.stop(), Some(0), "{}", supervisor.log());
-        let scratch = tempfile::tempdir()?;
+        let scratch = surroundings::folder();
         second
             .openclaw
             .check_databases(&second.root(), scratch.path())?;
@@ -252,7 +252,7 @@ fn give(path: &Path, uid: u32) -> Outcome {
 #[test]
 fn prepare_clears_leases_and_only_complains_of_what_it_cannot_open() -> Outcome {
     let openclaw = OpenClaw::install()?;
-    let home = tempfile::tempdir()?;
+    let home = folder();
     let database = home.path().join(".openclaw/state/openclaw.sqlite");
     let run = |program: &OsStr, arguments: &[&str]| {
         let mut command = Command::new(program);

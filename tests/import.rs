@@ -5,7 +5,6 @@ use std::collections::BTreeMap;
 use std::error::Error;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 use e2e::agent::{Host, Outcome as Ended, Place, folder};
 use e2e::device::Welcome;
@@ -81,9 +80,8 @@ fn files(root: &Path) -> BTreeMap<PathBuf, (i128, String)> {
 
 /// Imports for the machine as an operator would, and gives the answer.
 fn import(machine: &Machine, from: &str) -> Outcome<Value> {
-    let output = Command::new(e2e::binaries::binary("backup-agent"))
+    let output = e2e::surroundings::program("backup-agent")
         .args(["import", "--json", "--from", from])
-        .env_clear()
         .envs(machine.store.iter().map(|(name, value)| (name, value)))
         .env("RUNTIME_ROOT", machine.disk.join("elsewhere"))
         .env("RUNTIME_STATE", machine.disk.join("elsewhere-state"))
@@ -184,7 +182,7 @@ fn gateway_moves_in_with_its_devices_configuration_and_workspace() -> Outcome {
     assert_eq!(fs::read_to_string(notes)?, "remember the milk");
     check_workspace(&new, &new.root().join("clawd"))?;
     assert_eq!(supervisor.stop(), Some(0), "{}", supervisor.log());
-    let scratch = tempfile::tempdir()?;
+    let scratch = e2e::agent::folder();
     new.openclaw.check_databases(&new.root(), scratch.path())
 }
 

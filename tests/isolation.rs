@@ -3,10 +3,11 @@
 use std::fs::{self, Permissions};
 use std::os::unix::fs::{PermissionsExt as _, symlink};
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 
 use e2e::binaries::binary;
 use e2e::supervisor::{Setup, Supervisor, TOKEN, is_alive, is_root, place, snapshot};
+use e2e::surroundings::{folder, program};
 use e2e::wait::{until, until_some};
 use serde_json::{Value, json};
 
@@ -252,7 +253,7 @@ fn a_link_planted_where_root_reads_is_not_followed() {
 fn the_same_tries_work_on_a_process_of_its_own() {
     // As whoever runs this, on its own child, own files and with the right token: the tries above are able to succeed.
     let supervisor = Setup::new().start();
-    let folder = tempfile::tempdir().expect("can make a folder");
+    let folder = folder();
     let secret = folder.path().join("secret");
     fs::write(&secret, STATE_SECRET).expect("can write");
     fs::create_dir(folder.path().join("inner")).expect("can make a folder");
@@ -261,7 +262,7 @@ fn the_same_tries_work_on_a_process_of_its_own() {
         "report": report, "files": [secret, folder.path().join("inner")], "api": supervisor.api.to_string(), "guesses": [TOKEN], "victims": [{ "name": "own" }],
     });
     write(&plan, &order.to_string());
-    let mut assistant = Command::new(binary("fake-assistant"))
+    let mut assistant = program("fake-assistant")
         .arg(&plan)
         .env("HOME", folder.path())
         .stdin(Stdio::null())

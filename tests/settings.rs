@@ -8,11 +8,11 @@ use std::process::{Command, Output};
 use e2e::binaries::binary;
 use e2e::golden;
 use e2e::supervisor::{TOKEN, place};
+use e2e::surroundings::{self, folder, program};
 
 fn run(arguments: &[&str], settings: &[(&str, &str)]) -> Output {
-    Command::new(binary("supervisor"))
+    program("supervisor")
         .args(arguments)
-        .env_clear()
         .envs(settings.iter().copied())
         .output()
         .expect("can be executed")
@@ -123,9 +123,8 @@ fn each_bad_value_has_its_sentence() {
 fn a_value_that_is_not_text_is_refused() {
     use std::os::unix::ffi::OsStrExt as _;
 
-    let output = Command::new(binary("supervisor"))
+    let output = program("supervisor")
         .arg("check")
-        .env_clear()
         .env("RUNTIME_SERVICE_TOKEN", TOKEN)
         .env("RUNTIME_ROOT", std::ffi::OsStr::from_bytes(b"/data\xff"))
         .output()
@@ -160,7 +159,7 @@ fn all_bad_settings_are_reported_at_once_and_nothing_starts() {
 
 #[test]
 fn secrets_come_from_files_too_and_are_never_printed() {
-    let folder = tempfile::tempdir().expect("can make a folder");
+    let folder = folder();
     let path = folder.path().join("token");
     std::fs::write(&path, format!("{TOKEN}\n")).expect("can write");
     let path = path.to_str().expect("is text");
@@ -213,15 +212,16 @@ fn an_unknown_command_line_is_a_usage_error() {
 
 #[test]
 fn what_stops_a_start_is_said_in_one_sentence() {
-    let folder = tempfile::tempdir().expect("can make a folder");
+    let folder = folder();
     let program = folder.path().join("supervisor");
     place(&binary("supervisor"), &program);
     let taken = std::net::TcpListener::bind("127.0.0.1:0").expect("there is a free port");
     let address = taken.local_addr().expect("is bound").to_string();
     let start = |arguments: &[&str]| {
-        let output = Command::new(&program)
+        let mut command = Command::new(&program);
+        surroundings::empty(&mut command);
+        let output = command
             .args(arguments)
-            .env_clear()
             .env("RUNTIME_SERVICE_TOKEN", TOKEN)
             .env("RUNTIME_LISTEN", &address)
             .output()

@@ -1161,9 +1161,11 @@ fn healthcheck_asks_the_running_supervisor() {
     let supervisor = setup.start();
     supervisor.until_gateway("failed");
     let ask = |token: &str| {
-        std::process::Command::new(supervisor.setup.folder.path().join("bin/supervisor"))
+        let program = supervisor.setup.folder.path().join("bin/supervisor");
+        let mut command = std::process::Command::new(program);
+        e2e::surroundings::empty(&mut command);
+        command
             .arg("healthcheck")
-            .env_clear()
             .env("RUNTIME_SERVICE_TOKEN", token)
             .env("RUNTIME_LISTEN", supervisor.api.to_string())
             .output()

@@ -5,6 +5,7 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
+use e2e::surroundings::folder;
 use e2e::tree::{Tree, assert_same, describe};
 use e2e::workspace::{Scale, generate, many_small, touch_one_percent, touch_sessions};
 
@@ -32,7 +33,7 @@ fn changed(before: &Tree, after: &Tree) -> usize {
 
 #[test]
 fn workspace_is_the_same_for_the_same_seed() -> Outcome {
-    let folder = tempfile::tempdir()?;
+    let folder = folder();
     let [one, same, other] = ["one", "same", "other"].map(|name| folder.path().join(name));
     generate(&one, 7, Scale::SMALL)?;
     generate(&same, 7, Scale::SMALL)?;
@@ -79,7 +80,7 @@ fn workspace_is_the_same_for_the_same_seed() -> Outcome {
 
 #[test]
 fn workspace_is_touched_in_one_file_of_a_hundred() -> Outcome {
-    let folder = tempfile::tempdir()?;
+    let folder = folder();
     generate(folder.path(), 7, Scale::SMALL)?;
     let before = describe(folder.path());
     touch_one_percent(folder.path(), 1)?;
@@ -102,7 +103,7 @@ fn workspace_is_touched_in_one_file_of_a_hundred() -> Outcome {
 
 #[test]
 fn small_files_are_as_many_as_asked_for() -> Outcome {
-    let folder = tempfile::tempdir()?;
+    let folder = folder();
     many_small(folder.path(), 600)?;
     let tree = describe(folder.path());
     let files: Vec<_> = tree.values().filter(|node| node.kind == "file").collect();

@@ -17,9 +17,10 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::binaries::binary;
 use crate::moto::Moto;
 use crate::s3::{BUCKET, S3};
+use crate::surroundings;
+pub use crate::surroundings::folder;
 use crate::wait;
 
 /// Far longer than any run takes, so that only one that hangs fails a test.
@@ -180,16 +181,6 @@ fn files(base: &Path) -> BTreeMap<String, Vec<u8>> {
     found
 }
 
-/// A folder that every user may enter: the agent may work as somebody else.
-pub fn folder() -> TempDir {
-    let folder = tempfile::Builder::new()
-        .prefix("e2e-")
-        .tempdir()
-        .expect("can make a folder");
-    fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o755)).expect("it is ours");
-    folder
-}
-
 /// One host: a disk with root and state, and the settings to run the agent with.
 pub struct Host {
     pub folder: TempDir,
@@ -244,10 +235,9 @@ impl Host {
     }
 
     pub fn command<S: AsRef<OsStr>>(&self, arguments: &[S]) -> Command {
-        let mut command = Command::new(binary("backup-agent"));
+        let mut command = surroundings::program("backup-agent");
         command
             .args(arguments)
-            .env_clear()
             .envs(self.settings.iter().map(|(name, value)| (name, value)));
         command
             .stdin(Stdio::null())

@@ -4,8 +4,11 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
 
+use crate::surroundings::settle;
+
 /// The path of a program of this workspace. The tests' own fakes are never taken from `E2E_BIN_DIR`.
 pub fn binary(name: &str) -> PathBuf {
+    settle();
     let is_fake = name.starts_with("fake-");
     match std::env::var_os("E2E_BIN_DIR") {
         Some(directory) if !is_fake => PathBuf::from(directory).join(name),

@@ -18,6 +18,7 @@ use tempfile::TempDir;
 use crate::http::{self, Response};
 use crate::moto::Moto;
 use crate::openclaw::repository;
+use crate::surroundings::folder;
 use crate::wait::{slowly_until_some, until_some};
 
 pub const TOKEN: &str = "edge-token-0123456789abcdefghijkl";
@@ -156,7 +157,7 @@ pub struct Edge {
 impl Edge {
     /// Containers will be of this image; the settings are added to those that lead to the store.
     pub fn start(image: &str, store: &Store, settings: &[(&str, &str)]) -> Self {
-        let folder = tempfile::tempdir().expect("can make a folder");
+        let folder = folder();
         let key = unique();
         let bundle = repository().join("dist/worker/index.js");
         fs::copy(&bundle, folder.path().join("index.js")).unwrap_or_else(|error| {

@@ -25,6 +25,7 @@ pub mod s3;
 pub mod seeds;
 pub mod signature;
 pub mod supervisor;
+pub mod surroundings;
 #[cfg(target_arch = "x86_64")]
 pub mod syscalls;
 pub mod table;

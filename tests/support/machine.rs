@@ -6,7 +6,6 @@ use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use nix::unistd::{User, geteuid};
 use serde_json::Value;
 
 use crate::binaries::binary;
@@ -36,14 +35,12 @@ impl Machine {
 
     /// A supervisor that will run the real gateway and the real agent.
     fn setup(&self) -> Outcome<(Setup, Command)> {
-        let user = User::from_uid(geteuid())?.ok_or("the caller has no name")?;
         let mut setup = Setup::new()
             .with("RUNTIME_ROOT", &self.root().display().to_string())
             .with(
                 "RUNTIME_STATE",
                 &self.disk.join("state").display().to_string(),
             )
-            .with("RUNTIME_GATEWAY_USER", &user.name)
             .with("RUNTIME_GATEWAY_TOKEN", GATEWAY_TOKEN)
             .with(
                 "RUNTIME_GATEWAY_PREPARE",

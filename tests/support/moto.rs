@@ -46,6 +46,8 @@ impl Moto {
                 "-p",
                 &address.port().to_string(),
             ])
+            .env_clear()
+            .env("PATH", "/usr/bin:/bin")
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::null())

@@ -17,6 +17,7 @@ use tempfile::TempDir;
 use crate::agent::{INSTANCE, Place};
 use crate::binaries::binary;
 use crate::http::{self, Response};
+use crate::surroundings;
 use crate::wait::{until, until_some};
 
 pub const TOKEN: &str = "service-token-0123456789abcdefghij";
@@ -68,10 +69,7 @@ impl Setup {
     }
 
     fn of(agent: &str) -> Self {
-        let folder = tempfile::Builder::new()
-            .prefix("e2e-")
-            .tempdir()
-            .expect("can make a folder");
+        let folder = surroundings::folder();
         // The gateway may run as somebody else.
         open_to_all(folder.path());
         let fake = folder.path().join("fake");
@@ -200,7 +198,8 @@ impl Setup {
     /// The command line and environment, for a test that starts it in a way of its own.
     pub fn program(&self) -> Command {
         let mut program = Command::new(self.folder.path().join("bin/supervisor"));
-        program.env_clear().env("PATH", "/usr/bin:/bin").arg("--");
+        surroundings::empty(&mut program);
+        program.env("PATH", "/usr/bin:/bin").arg("--");
         match &self.command {
             Some(command) => program.args(command),
             None => program

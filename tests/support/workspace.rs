@@ -393,6 +393,7 @@ fn sqlite(tasks: &Value) -> io::Result<()> {
     let openclaw = OpenClaw::install().map_err(|error| io::Error::other(error.to_string()))?;
     let mut node = Command::new("node")
         .args(["--no-warnings", "-"])
+        .env_clear()
         .env("PATH", openclaw.search_path())
         .env("TASKS", tasks.to_string())
         .stdin(Stdio::piped())
