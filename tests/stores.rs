@@ -2,11 +2,16 @@
 //! cannot is named, and an error is never taken for an absence.
 
 use std::io::{Read as _, Write as _};
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use e2e::agent::{Host, Outcome, Place};
+use e2e::agent::{Host, INSTANCE, Outcome, Place, Running, boot_id};
+use e2e::front::{Front, certificate};
 use e2e::history::History;
+use e2e::mount::tmpfs;
+use e2e::openclaw::repository;
 use e2e::s3::wire::Answer;
 use e2e::s3::{BUCKET, Kind};
 use e2e::tree::{self, assert_same, describe};
@@ -691,4 +696,356 @@ fn an_http_address_of_a_port_that_speaks_something_else_is_said() {
     let host = Host::new(&place).with("RUNTIME_S3_ENDPOINT", endpoint);
     let said = error(&host.run(&["list", "--json", "--timeout", "2s"]).expect(75));
     assert!(said.contains("when TLS begins"), "{said}");
+}
+
+/// A host that reaches its store at this address.
+fn at(place: &Place, endpoint: String) -> Host {
+    Host::new(place).with("RUNTIME_S3_ENDPOINT", endpoint)
+}
+
+#[test]
+fn a_private_authority_is_trusted_when_it_is_named() {
+    let place = Place::memory();
+    let front = Front::tls("good", place.s3().address.port());
+    let endpoint = format!("https://localhost:{}", front.port);
+    let authority = certificate("authority").display().to_string();
+    let said = error(
+        &at(&place, endpoint.clone())
+            .run(&["list", "--json"])
+            .expect(75),
+    );
+    assert!(said.contains("in RUNTIME_CA_FILE"), "{said}");
+    for name in ["RUNTIME_CA_FILE", "SSL_CERT_FILE", "AWS_CA_BUNDLE"] {
+        let host = at(&place, endpoint.clone()).with(name, &authority);
+        let _ = host.run(&["list"]).expect(0);
+    }
+    let booted = at(&place, endpoint.clone())
+        .booted('a')
+        .with("SSL_CERT_FILE", &authority);
+    let _ = booted.run(&["restore"]).expect(10);
+    // The runtime's own setting wins.
+    let place = Place::memory();
+    let front = Front::tls("good", place.s3().address.port());
+    let host = at(&place, format!("https://localhost:{}", front.port))
+        .with("SSL_CERT_FILE", "/nowhere")
+        .with("RUNTIME_CA_FILE", authority);
+    tree::write(&host.root, "noise", tree::noise(1, 9 << 20));
+    host.backup();
+    place.s3().assert_no_complaints();
+}
+
+#[test]
+fn a_file_without_authorities_is_refused_by_its_setting() {
+    let place = Place::memory();
+    let host = with_file(&place);
+    let folder = host.folder.path();
+    tree::write(folder, "empty.pem", "");
+    tree::write(folder, "text.pem", "no certificate");
+    let paths = ["empty.pem", "text.pem", "nowhere.pem", ""];
+    for (endpoint, names) in [
+        (
+            "https://localhost:1",
+            &["RUNTIME_CA_FILE", "SSL_CERT_FILE"][..],
+        ),
+        ("http://localhost:1", &["RUNTIME_CA_FILE"]),
+    ] {
+        for (name, path) in names.iter().flat_map(|name| paths.map(|path| (name, path))) {
+            let path = folder.join(path).display().to_string();
+            let host = at(&place, endpoint.to_owned()).with(name, path);
+            let said = error(&host.run(&["list", "--json"]).expect(64));
+            assert!(said.contains(&format!("cannot use {name}: ")), "{said}");
+        }
+    }
+    // It is another program's where there is no TLS.
+    let host = Host::new(&place).with("SSL_CERT_FILE", "/nowhere");
+    let _ = host.run(&["list"]).expect(0);
+    let directory = Place::directory();
+    let host = Host::new(&directory).with("RUNTIME_CA_FILE", "/nowhere");
+    let _ = host.run(&["list"]).expect(64);
+}
+
+#[test]
+fn what_is_wrong_with_a_certificate_is_said_with_what_helps() {
+    let place = Place::memory();
+    for (name, problem, remedy) in [
+        (
+            "good",
+            "authority that is not known here",
+            "RUNTIME_CA_FILE",
+        ),
+        ("expired", "has expired", "clock"),
+        ("not-yet", "not valid yet", "clock"),
+        ("other-name", "for another name", "RUNTIME_S3_ENDPOINT"),
+        (
+            "self-signed",
+            "certificate of an authority as its own",
+            "CA:FALSE",
+        ),
+    ] {
+        let front = Front::tls(name, place.s3().address.port());
+        let mut host = at(&place, format!("https://localhost:{}", front.port));
+        if name != "good" {
+            let trusted = if name == "self-signed" {
+                name
+            } else {
+                "authority"
+            };
+            host.set(
+                "RUNTIME_CA_FILE",
+                certificate(trusted).display().to_string(),
+            );
+        }
+        let outcome = host.run(&["list", "--json"]).expect(75);
+        let said = error(&outcome);
+        assert!(
+            said.contains(problem) && said.contains(remedy),
+            "{name}: {said}"
+        );
+    }
+}
+
+#[test]
+fn a_proxy_leads_to_the_store_and_its_password_is_never_shown() {
+    let place = Place::memory();
+    let port = place.s3().address.port();
+    let tls = Front::tls("good", port);
+    let authority = certificate("authority").display().to_string();
+    // The name is for the proxy to find.
+    for (endpoint, upstream, asked) in [
+        ("https://store.test", tls.port, "CONNECT store.test:443"),
+        (
+            "https://store.test:8443",
+            tls.port,
+            "CONNECT store.test:8443",
+        ),
+    ] {
+        for name in ["HTTPS_PROXY", "https_proxy", "ALL_PROXY"] {
+            let mut proxy = Front::proxy(upstream, Some("Basic bWU6cEBzcw=="));
+            let host = at(&place, endpoint.to_owned())
+                .with("RUNTIME_CA_FILE", &authority)
+                .with("RUNTIME_LOG", "debug")
+                .with(name, format!("http://me:p%40ss@localhost:{}", proxy.port));
+            // The store signs for the host that it is asked by.
+            let outcome = host.run(&["list", "--json"]).expect(0);
+            assert_eq!(proxy.asked(), asked);
+            assert!(!format!("{outcome:?}").contains("p%40ss"), "{outcome:?}");
+
+            let host = host.with(name, format!("http://me:wr0ng@localhost:{}", proxy.port));
+            let outcome = host.run(&["list", "--json", "--timeout", "2s"]).expect(75);
+            let said = error(&outcome);
+            assert!(
+                said.contains(&format!("({name}): it wants a user and a password")),
+                "{said}"
+            );
+            assert!(!format!("{outcome:?}").contains("wr0ng"), "{outcome:?}");
+        }
+    }
+    let mut proxy = Front::proxy(port, Some("Basic bWU6cEBzcw=="));
+    let address = format!("http://me:p%40ss@localhost:{}", proxy.port);
+    let host = at(&place, "http://store.test".to_owned()).with("http_proxy", &address);
+    tree::write(&host.root, "file", "content");
+    let outcome = host.run(&["backup"]);
+    place.s3().assert_no_complaints();
+    let _ = outcome.expect(0);
+    let asked = proxy.asked();
+    let whole = format!("http://store.test/{BUCKET}/some/prefix/the-instance/");
+    assert!(asked.contains(&whole), "{asked}");
+    place.s3().assert_no_complaints();
+}
+
+#[test]
+fn a_proxy_that_cannot_be_used_is_refused_by_its_setting_and_an_exempt_host_needs_none() {
+    let place = Place::memory();
+    for (name, value) in [
+        ("HTTP_PROXY", "socks5://localhost:1"),
+        ("http_proxy", "https://localhost:1"),
+        ("ALL_PROXY", "socks5h://me:secret@localhost:1"),
+        ("HTTP_PROXY", "http://"),
+    ] {
+        let host = Host::new(&place).with(name, value);
+        let said = error(&host.run(&["list", "--json"]).expect(64));
+        assert!(said.contains(&format!("cannot use {name}: ")), "{said}");
+        assert!(
+            said.contains("NO_PROXY") && !said.contains("secret"),
+            "{said}"
+        );
+        for exempt in [
+            "*",
+            "127.0.0.1",
+            "127.0.0.0/8",
+            &place.s3().address.to_string(),
+        ] {
+            let host = Host::new(&place).with(name, value).with("NO_PROXY", exempt);
+            let _ = host.run(&["list"]).expect(0);
+        }
+    }
+    // One for https is not asked for http.
+    let host = Host::new(&place).with("HTTPS_PROXY", "http://localhost:1");
+    let _ = host.run(&["list"]).expect(0);
+    let host = Host::new(&place).with("HTTP_PROXY", "http://localhost:1");
+    let said = error(&host.run(&["list", "--json", "--timeout", "2s"]).expect(75));
+    assert!(
+        said.contains("the proxy localhost:1 (HTTP_PROXY)"),
+        "{said}"
+    );
+}
+
+/// Without the look at each family alone, only the released program fails here: its C library is musl's.
+#[test]
+fn a_name_is_found_where_the_question_for_the_other_family_fails() {
+    if !tree::is_root() {
+        eprintln!("skipped: it takes root to have a network of one's own");
+        return;
+    }
+    let place = Place::memory();
+    let script = repository()
+        .join("tests/support/names.py")
+        .display()
+        .to_string();
+    for family in ["4", "6"] {
+        for failure in [
+            "noerror", "nxdomain", "servfail", "refused", "notimp", "silent",
+        ] {
+            let host = at(&place, "http://store.test:9000".to_owned());
+            let arguments = ["--net", "--mount", "python3", &script, family, failure];
+            let mut command = around("unshare", &arguments, &host, &["list", "--json"]);
+            let outcome = Running::start(&mut command).wait();
+            assert_eq!(outcome.code, Some(0), "{family} {failure}: {outcome:?}");
+        }
+    }
+}
+
+/// The agent with another program around it.
+fn around(program: &str, arguments: &[&str], host: &Host, verb: &[&str]) -> Command {
+    let agent = host.command(verb);
+    let mut command = Command::new(program);
+    command
+        .args(arguments)
+        .arg(agent.get_program())
+        .args(agent.get_args())
+        .env_clear();
+    let environment = agent
+        .get_envs()
+        .filter_map(|(name, value)| Some((name, value?)));
+    command
+        .env("PATH", std::env::var_os("PATH").unwrap_or_default())
+        .envs(environment);
+    command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    command
+}
+
+/// A run in which a system call on some folders of a store fails.
+fn with_fault(call: &str, errno: &str, paths: &[PathBuf], host: &Host, verb: &str) -> Outcome {
+    let trace = format!("trace={call}");
+    let inject = format!("inject={call}:error={errno}");
+    let mut arguments = vec!["-f", "-qq", "-o", "/dev/null", "-e", &trace, "-e", &inject];
+    let paths: Vec<String> = paths
+        .iter()
+        .map(|path| path.display().to_string())
+        .collect();
+    for path in &paths {
+        arguments.extend(["-P", path]);
+    }
+    let mut command = around("strace", &arguments, host, &[verb, "--json"]);
+    Running::start(&mut command).wait()
+}
+
+#[test]
+fn a_folder_that_cannot_be_synced_keeps_snapshots() {
+    for errno in ["EINVAL", "EBADF", "EOPNOTSUPP", "ENOSYS", "EIO"] {
+        let place = Place::directory();
+        let host = with_file(&place);
+        host.backup();
+        let Place::Directory(folder) = &place else {
+            continue;
+        };
+        let base = folder.path().join("store").join(INSTANCE);
+        let folders = [base.clone(), base.join("layers"), base.join("snapshots")];
+        tree::write(&host.root, "file", "other");
+        let before = describe(&host.root);
+        let outcome = with_fault("fsync", errno, &folders, &host, "backup");
+        // An error of the disk is one.
+        let want = if errno == "EIO" { 75 } else { 0 };
+        let _ = outcome.expect(want);
+        if want == 0 {
+            host.lose_everything();
+            let _ = host.run(&["restore"]).expect(0);
+            assert_same(&before, &describe(&host.root));
+        }
+    }
+}
+
+#[test]
+fn a_folder_without_locks_is_used_on_the_operators_word_only() {
+    for errno in ["ENOLCK", "EOPNOTSUPP", "ENOSYS"] {
+        let place = Place::directory();
+        let mut host = with_file(&place);
+        let Place::Directory(folder) = &place else {
+            continue;
+        };
+        let lock = [folder.path().join("store").join(INSTANCE).join(".lock")];
+        for booted in [false, true] {
+            if booted {
+                host.set("RUNTIME_BOOT_ID", boot_id('a'));
+            }
+            for verb in ["backup", "restore"] {
+                if verb == "restore" && !booted {
+                    continue;
+                }
+                let said = error(&with_fault("flock", errno, &lock, &host, verb).expect(64));
+                assert!(
+                    said.contains("has no locks") && said.contains("RUNTIME_STORE_UNFENCED=allow"),
+                    "{said}"
+                );
+            }
+        }
+        host.unset("RUNTIME_BOOT_ID");
+        host.set("RUNTIME_STORE_UNFENCED", "allow");
+        let _ = with_fault("flock", errno, &lock, &host, "backup").expect(0);
+        let before = describe(&host.root);
+        host.lose_everything();
+        let _ = host.run(&["restore"]).expect(0);
+        assert_same(&before, &describe(&host.root));
+    }
+}
+
+#[test]
+fn a_folder_that_is_read_only_gives_and_takes_nothing() {
+    let place = Place::directory();
+    let Place::Directory(folder) = &place else {
+        return;
+    };
+    let Some(disk) = tmpfs(&folder.path().join("store"), "size=8m") else {
+        return;
+    };
+    let host = with_file(&place);
+    host.backup();
+    let before = describe(&host.root);
+    disk.remount("ro");
+    tree::write(&host.root, "file", "other");
+    let said = error(&host.run(&["backup", "--json"]).expect(75));
+    assert!(said.contains("mounted read-only"), "{said}");
+    let other = Host::new(&place);
+    for verb in ["list", "restore", "verify"] {
+        let _ = other.run(&[verb]).expect(0);
+    }
+    assert_same(&before, &describe(&other.root));
+}
+
+#[test]
+fn a_folder_that_cannot_replace_files_is_named() {
+    let place = Place::directory();
+    let host = with_file(&place);
+    host.backup();
+    tree::write(&host.root, "file", "other");
+    let outcome = with_fault("/^rename", "EEXIST", &[], &host, "backup").expect(75);
+    assert!(
+        error(&outcome).contains("cannot replace a file by rename"),
+        "{}",
+        error(&outcome)
+    );
+    let _ = host.run(&["backup"]).expect(0);
 }
