@@ -723,6 +723,12 @@ fn a_private_authority_is_trusted_when_it_is_named() {
         .booted('a')
         .with("SSL_CERT_FILE", &authority);
     let _ = booted.run(&["restore"]).expect(10);
+    let old = Front::old_tls("good", place.s3().address.port());
+    let host = at(&place, format!("https://localhost:{}", old.port));
+    let _ = host
+        .with("RUNTIME_CA_FILE", &authority)
+        .run(&["list"])
+        .expect(0);
     // The runtime's own setting wins.
     let place = Place::memory();
     let front = Front::tls("good", place.s3().address.port());

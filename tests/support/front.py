@@ -1,7 +1,8 @@
 """What stands between an agent and its store: a server of TLS, or a proxy. Prints its port, then what it is asked.
 
-usage: front.py tls CERTIFICATE UPSTREAM-PORT | front.py proxy UPSTREAM-PORT [AUTHORIZATION]
+usage: front.py tls CERTIFICATE UPSTREAM-PORT [NEWEST-VERSION] | front.py proxy UPSTREAM-PORT [AUTHORIZATION]
 """
+import select
 import socket
 import ssl
 import sys
@@ -12,29 +13,34 @@ listener = socket.create_server(("127.0.0.1", 0))
 print(listener.getsockname()[1], flush=True)
 
 
-def pump(source, target):
+def join(stream, first=b"", header=b""):
+    """Passes on what either side sends, in one thread: a connection of TLS is not for two."""
+    server = socket.create_connection(("127.0.0.1", upstream))
     try:
-        while data := source.recv(65536):
-            target.sendall(data)
+        server.sendall(first)
+        while True:
+            is_pending = isinstance(stream, ssl.SSLSocket) and stream.pending()
+            ready = [stream] if is_pending else select.select([stream, server], [], [])[0]
+            for source, target in ((stream, server), (server, stream)):
+                if source in ready:
+                    data = source.recv(65536)
+                    if not data:
+                        return
+                    if source is server and header:
+                        data, header = data.replace(b"\r\n", b"\r\n" + header, 1), b""
+                    target.sendall(data)
     except OSError:
         pass
-    for end in (source, target):
-        try:
-            end.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass
-
-
-def join(stream, first=b""):
-    server = socket.create_connection(("127.0.0.1", upstream))
-    server.sendall(first)
-    threading.Thread(target=pump, args=(server, stream), daemon=True).start()
-    pump(stream, server)
+    finally:
+        stream.close()
+        server.close()
 
 
 def tls(stream):
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(sys.argv[2])
+    if len(sys.argv) > 4:
+        context.maximum_version = ssl.TLSVersion[sys.argv[4]]
     try:
         stream = context.wrap_socket(stream, server_side=True)
     except OSError:
@@ -63,12 +69,8 @@ def proxy(stream):
     else:
         path = b"/" + target.split(b"/", 3)[3]
         lines[0] = lines[0].replace(target, path)
-        server = socket.create_connection(("127.0.0.1", upstream))
-        server.sendall(b"\r\n".join(lines))
-        threading.Thread(target=pump, args=(stream, server), daemon=True).start()
         # One request for each connection: the next one would have to be changed, too.
-        stream.sendall(server.recv(65536).replace(b"\r\n", b"\r\nConnection: close\r\n", 1))
-        pump(server, stream)
+        join(stream, b"\r\n".join(lines), b"Connection: close\r\n")
 
 
 while True:

@@ -25,6 +25,12 @@ impl Front {
         Self::start(&["tls", &path, &upstream.to_string()])
     }
 
+    /// Likewise, one that speaks TLS 1.2 at most.
+    pub fn old_tls(name: &str, upstream: u16) -> Self {
+        let path = certificate(name).display().to_string();
+        Self::start(&["tls", &path, &upstream.to_string(), "TLSv1_2"])
+    }
+
     /// A proxy that leads everywhere to one port, to those who show this.
     pub fn proxy(upstream: u16, authorization: Option<&str>) -> Self {
         let upstream = upstream.to_string();

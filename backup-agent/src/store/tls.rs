@@ -67,8 +67,8 @@ pub fn explain(error: &Error) -> Option<String> {
             "check RUNTIME_S3_ENDPOINT: http:// where there is no TLS, or another port",
         ),
         Error::PeerIncompatible(_) | Error::AlertReceived(AlertDescription::ProtocolVersion) => (
-            "it does not speak TLS 1.3",
-            "let it, or put a server in front of it that does",
+            "it speaks an older TLS than 1.2 only",
+            "let it speak a newer one, or put a server in front of it that does",
         ),
         Error::AlertReceived(AlertDescription::UnrecognisedName) => (
             "it does not know itself by that name",
