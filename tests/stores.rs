@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use e2e::agent::{Host, INSTANCE, Outcome, Place, Running, boot_id};
+use e2e::agent::{Host, INSTANCE, Outcome, PREFIX, Place, Running, boot_id};
 use e2e::front::{Front, certificate};
 use e2e::history::History;
 use e2e::mount::tmpfs;
@@ -95,7 +95,14 @@ fn an_address_that_is_no_s3_service_is_never_an_empty_store() {
 #[test]
 fn an_answer_without_a_word_is_an_absence_where_the_bucket_is_there() {
     let place = Place::memory();
-    place.s3().behave(|_, serve| {
+    place.s3().behave(|asked, serve| {
+        // Credentials may be limited to the prefix.
+        assert!(
+            asked.key.starts_with(PREFIX),
+            "{:?} {}",
+            asked.kind,
+            asked.key
+        );
         let answer = serve();
         if answer.status == 404 {
             Answer::new(404, "")

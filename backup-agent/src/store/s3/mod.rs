@@ -33,7 +33,6 @@ use crate::{config, error::Error};
 /// Objects below one prefix of a bucket.
 pub struct S3 {
     remote: Arc<Remote>,
-    prefix: String,
     multipart: Multipart,
 }
 
@@ -63,21 +62,21 @@ impl S3 {
                 credentials,
                 // The clock of the operation starts with the store, give or take a millisecond.
                 deadline: deadline(bound),
+                prefix: format!("{}{folder}", place.prefix),
             }),
-            prefix: format!("{}{folder}", place.prefix),
             multipart: Multipart::default(),
         })
     }
 
     fn object(&self, key: &str) -> String {
-        format!("{}{key}", self.prefix)
+        format!("{}{key}", self.remote.prefix)
     }
 
     /// Objects whose keys begin so, each with the service's word on when it was last written.
     async fn objects(&self, prefix: &str) -> Result<Vec<Listed>, StoreError> {
         let mut objects = listing::list(&self.remote, &self.object(prefix)).await?;
         for (object, _) in &mut objects {
-            object.key.drain(..self.prefix.len());
+            object.key.drain(..self.remote.prefix.len());
         }
         Ok(objects)
     }
@@ -246,7 +245,7 @@ impl Store for S3 {
                     removed += 1;
                 }
             }
-            for upload in uploads::list(&self.remote, &self.prefix).await? {
+            for upload in uploads::list(&self.remote, &self.remote.prefix).await? {
                 if upload.is_older(uploads_before) {
                     let query = [("uploadId", upload.id.as_str())];
                     let aborted = self

@@ -71,6 +71,8 @@ pub struct Remote {
     pub bucket: Bucket,
     pub credentials: Credentials,
     pub deadline: Instant,
+    /// What every key begins with; credentials may be limited to it.
+    pub prefix: String,
     /// The endpoint's path ends in the bucket's name, to which the bucket is added.
     pub may_name_bucket_twice: bool,
 }
@@ -98,7 +100,8 @@ impl Remote {
 
     /// Finds out whether there is such a bucket: only then is an object absent of which the service says nothing.
     async fn check_bucket(&self) -> Result<(), StoreError> {
-        let query = [("list-type", "2"), ("max-keys", "1")];
+        let prefix = self.prefix.as_str();
+        let query = [("list-type", "2"), ("max-keys", "1"), ("prefix", prefix)];
         let answer = self.exchange(&Ask::get(None, &query)).await?;
         match answer.status.as_u16() {
             200 if is_web_page(&answer) => Err(self.not_s3("it answers with a web page")),
