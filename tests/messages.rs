@@ -446,6 +446,10 @@ fn services(book: &mut Book) {
         tree::write(&host.root, "file", "content");
         book.add(title, &host, &place, &[verb], code);
     }
+    listings_and_rights(book);
+}
+
+fn listings_and_rights(book: &mut Book) {
     let place = Place::memory();
     place
         .s3()

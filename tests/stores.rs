@@ -611,10 +611,10 @@ fn forbid(place: &Place, kinds: &'static [Kind]) {
 
 #[test]
 fn credentials_that_may_not_delete_back_up_boot_and_restore() {
+    const WARNING: &str = "probe left on the store: it cannot be deleted";
     let place = Place::memory();
     forbid(&place, &[Kind::Delete, Kind::Abort]);
     let host = with_file(&place);
-    const WARNING: &str = "probe left on the store: it cannot be deleted";
     let outcome = host.run(&["backup", "--json"]).expect(0);
     assert_eq!(outcome.logged(WARNING).len(), 1, "{}", outcome.stderr);
     tree::write(&host.root, "file", "other");

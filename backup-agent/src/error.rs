@@ -158,14 +158,16 @@ impl Error {
             Self::NoSnapshot { .. } | Self::UnknownSnapshot { .. } => (10, "no_snapshot"),
             Self::Damaged { .. } => (11, "damaged"),
             Self::Fenced { .. } => (12, "fenced"),
-            Self::Settings(_) | Self::Unfenced { .. } | Self::Unusable { .. } => (64, "usage"),
-            Self::Local { .. } => (74, "local"),
-            Self::RootLost { .. } => (74, "root_lost"),
-            Self::RootUnfinished { .. } => (74, "restore_unfinished"),
-            Self::Store {
+            Self::Settings(_)
+            | Self::Unfenced { .. }
+            | Self::Unusable { .. }
+            | Self::Store {
                 source: StoreError::NoLocks(_),
                 ..
             } => (64, "usage"),
+            Self::Local { .. } => (74, "local"),
+            Self::RootLost { .. } => (74, "root_lost"),
+            Self::RootUnfinished { .. } => (74, "restore_unfinished"),
             Self::Store { .. } | Self::LeftOut { .. } => (75, "store_unavailable"),
             Self::Timeout { .. } => (124, "timeout"),
             Self::Interrupted { signal, .. } => {

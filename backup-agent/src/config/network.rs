@@ -47,9 +47,10 @@ impl Source<'_> {
         if is_exempt(&no_proxy.unwrap_or_default(), endpoint) {
             return network;
         }
-        let names = match is_https {
-            true => ["HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"],
-            false => ["HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"],
+        let names = if is_https {
+            ["HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"]
+        } else {
+            ["HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"]
         };
         for name in names {
             let Some(value) = self.text(name) else {

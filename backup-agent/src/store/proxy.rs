@@ -29,9 +29,10 @@ impl Proxy {
     /// The proxy that a value such as `http://user:password@host:3128` names.
     pub fn parse(name: &str, value: &str) -> Result<Self, &'static str> {
         const WRONG: &str = "it is not an address such as http://host:3128";
-        let value = match value.contains("://") {
-            true => value.to_owned(),
-            false => format!("http://{value}"),
+        let value = if value.contains("://") {
+            value.to_owned()
+        } else {
+            format!("http://{value}")
         };
         let url = Url::parse(&value).map_err(|_| WRONG)?;
         match url.scheme() {

@@ -24,7 +24,9 @@ pub fn authorities(pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, String> {
 
 /// What a connection needs to know.
 pub fn client(authorities: &[CertificateDer<'static>]) -> ClientConfig {
-    let mut roots = RootCertStore::from_iter(webpki_roots::TLS_SERVER_ROOTS.iter().cloned());
+    let mut roots = RootCertStore {
+        roots: webpki_roots::TLS_SERVER_ROOTS.to_vec(),
+    };
     roots.add_parsable_certificates(authorities.iter().cloned());
     ClientConfig::builder_with_provider(Arc::new(default_provider()))
         .with_safe_default_protocol_versions()

@@ -29,19 +29,6 @@ const NOT_FOR_THE_AGENT: [&str; 5] = [
     "RUNTIME_BOOT_ID",
 ];
 
-/// How other programs are told of certificates and proxies. The agent reaches its store with them, too.
-const ALSO_FOR_THE_AGENT: [&str; 9] = [
-    "SSL_CERT_FILE",
-    "HTTPS_PROXY",
-    "https_proxy",
-    "HTTP_PROXY",
-    "http_proxy",
-    "ALL_PROXY",
-    "all_proxy",
-    "NO_PROXY",
-    "no_proxy",
-];
-
 /// The gateway's state: `OPENCLAW_STATE_DIR`, or `.openclaw` in its home.
 pub fn state_directory(variables: &Variables, root: &Path) -> PathBuf {
     lookup(variables, "OPENCLAW_STATE_DIR")
@@ -82,9 +69,7 @@ pub fn agent(variables: &Variables, boot_id: &str) -> Variables {
     let mut environment: Variables = variables
         .iter()
         .filter(|(name, _)| {
-            let is = |known: &&str| name == known;
-            ALSO_FOR_THE_AGENT.iter().any(|known| is(known))
-                || belongs_to_the_runtime(name) && !NOT_FOR_THE_AGENT.iter().any(|known| is(known))
+            belongs_to_the_runtime(name) && !NOT_FOR_THE_AGENT.iter().any(|other| name == other)
         })
         .cloned()
         .collect();
@@ -131,22 +116,15 @@ mod tests {
     }
 
     #[test]
-    fn the_agent_sees_the_runtimes_settings_and_the_way_to_its_store_but_no_token_of_the_others() {
+    fn the_agent_sees_the_runtimes_settings_but_no_token_of_the_others() {
         let given = variables(&[
             ("RUNTIME_SERVICE_TOKEN", "s"),
             ("RUNTIME_GATEWAY_TOKEN_FILE", "/run/t"),
             ("RUNTIME_BOOT_ID", "from outside"),
             ("RUNTIME_STORE", "s3://b"),
             ("PATH", "/bin"),
-            ("SSL_CERT_FILE", "/ca.pem"),
-            ("https_proxy", "http://proxy:3128"),
         ]);
-        let expected = variables(&[
-            ("RUNTIME_STORE", "s3://b"),
-            ("SSL_CERT_FILE", "/ca.pem"),
-            ("https_proxy", "http://proxy:3128"),
-            ("RUNTIME_BOOT_ID", "id"),
-        ]);
+        let expected = variables(&[("RUNTIME_STORE", "s3://b"), ("RUNTIME_BOOT_ID", "id")]);
         assert_eq!(agent(&given, "id"), expected);
     }
 }
