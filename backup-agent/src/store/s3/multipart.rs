@@ -86,24 +86,21 @@ impl Multipart {
     }
 }
 
-/// The document of that name, or the error that came in its place: S3 may answer 200 and then find out.
-fn document(answer: &Response, name: &str) -> Result<xml::Element, StoreError> {
+/// What this child of an answer's document says; services differ in what they call the document. S3 may answer 200 and
+/// then find an error, which comes in its place.
+fn said(answer: &Response, child: &str) -> Result<String, StoreError> {
     let root = xml::parse(&answer.body).ok_or(WRONG_FORM)?;
-    if root.name == name {
-        Ok(root)
-    } else {
-        Err(failure(&root).unwrap_or(WRONG_FORM))
+    match root.text(child) {
+        Some(text) if root.name != "Error" => Ok(text.to_owned()),
+        _ => Err(failure(&root).unwrap_or(WRONG_FORM)),
     }
 }
 
 async fn create(remote: &Remote, object: &str) -> Result<String, StoreError> {
     let ask = Ask::new(Method::POST, Some(object), &[("uploads", "")]);
-    let parse = |answer: &Response| {
-        let begun = document(answer, "InitiateMultipartUploadResult")?;
-        let id = begun.text("UploadId").ok_or(WRONG_FORM)?;
-        Ok(id.to_owned())
-    };
-    remote.send_and(&ask, parse).await
+    remote
+        .send_and(&ask, |answer| said(answer, "UploadId"))
+        .await
 }
 
 async fn put_part(
@@ -143,7 +140,7 @@ async fn complete(
         body: body.into(),
         ..Ask::new(Method::POST, Some(object), &query)
     };
-    let parse = |answer: &Response| document(answer, "CompleteMultipartUploadResult").map(drop);
+    let parse = |answer: &Response| said(answer, "ETag").map(drop);
     match remote.send_and(&ask, parse).await {
         // No such upload: an earlier try completed it and its answer was lost. The layer is read back by its sha256
         // before it is ever used, so its being there is all that matters here.

@@ -31,8 +31,8 @@ pub async fn list(remote: &Remote, prefix: &str) -> Result<Vec<Upload>, StoreErr
     let query = [("prefix", prefix), ("uploads", "")];
     let parse = |answer: &Response| {
         let root = xml::parse(&answer.body).ok_or(WRONG_FORM)?;
-        if root.name != "ListMultipartUploadsResult" {
-            return Err(failure(&root).unwrap_or(WRONG_FORM));
+        if let Some(error) = failure(&root) {
+            return Err(error);
         }
         let uploads = root.all("Upload").map(|upload| {
             Some(Upload {
