@@ -163,7 +163,7 @@ impl fmt::Display for Advice<'_> {
                 "the session token is no longer valid: renew RUNTIME_S3_SESSION_TOKEN and the keys"
             }
             (_, "InvalidAccessKeyId" | "SignatureDoesNotMatch") => {
-                "check RUNTIME_S3_ACCESS_KEY_ID, RUNTIME_S3_SECRET_ACCESS_KEY and RUNTIME_S3_REGION"
+                "check the S3 credentials (RUNTIME_S3_ACCESS_KEY_ID, RUNTIME_S3_SECRET_ACCESS_KEY) and RUNTIME_S3_REGION"
             }
             // What is missing depends on the request: see `Error::advice`.
             (_, "AccessDenied") => return Ok(()),
