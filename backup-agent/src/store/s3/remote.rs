@@ -29,7 +29,8 @@ const EXPIRY: Duration = Duration::from_mins(15);
 /// Largest answer that is not an object: a page of a listing has at most 1,000 keys of at most 1 KiB, each in XML.
 pub const ANSWER: usize = 4 << 20;
 
-pub const WRONG_FORM: StoreError = StoreError::Protocol("it is not of the form that S3 gives it");
+pub const WRONG_FORM: StoreError =
+    StoreError::Protocol("it is not of the form that S3 gives it; check RUNTIME_S3_ENDPOINT");
 
 /// A request before it is signed.
 pub struct Ask<'a> {
@@ -236,8 +237,9 @@ pub fn entity_tag(answer: &Response) -> Result<String, StoreError> {
         .headers
         .get(ETAG)
         .and_then(|value| value.to_str().ok());
-    tag.map(str::to_owned)
-        .ok_or(StoreError::Protocol("it has no ETag"))
+    tag.map(str::to_owned).ok_or(StoreError::Protocol(
+        "it has no ETag, as S3 gives it; check RUNTIME_S3_ENDPOINT",
+    ))
 }
 
 /// A tag without quotes and without the mark of a weak one: services and proxies differ in both.
