@@ -98,6 +98,8 @@ pub trait Store {
 pub enum StoreError {
     #[error("no such object")]
     NotFound,
+    #[error("the object is larger than anything of its kind")]
+    TooLong,
     #[error("the object ends before what was asked for")]
     TooShort,
     #[error("it was changed by somebody else meanwhile")]
@@ -135,8 +137,6 @@ pub enum StoreError {
     Stalled { host: String, after: Duration },
     #[error("the answer makes no sense: {0}")]
     Protocol(&'static str),
-    #[error("the answer makes no sense: it is longer than what was asked for")]
-    TooLong,
     #[error("its file system has no locks ({0}); {NO_LOCKS}")]
     NoLocks(io::Error),
     #[error("the upload was abandoned")]
@@ -194,10 +194,9 @@ impl StoreError {
                     // The body was altered on its way, and Content-MD5 said so.
                     || code == "BadDigest"
             }
-            Self::Transport { .. } | Self::Stalled { .. } | Self::Protocol(_) | Self::TooLong => {
-                true
-            }
+            Self::Transport { .. } | Self::Stalled { .. } | Self::Protocol(_) => true,
             Self::NotFound
+            | Self::TooLong
             | Self::TooShort
             | Self::Conflict
             | Self::NotS3 { .. }

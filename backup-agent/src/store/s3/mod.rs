@@ -162,6 +162,8 @@ impl Store for S3 {
             let object = self.object(key);
             let bytes = Bytes::from(bytes);
             let (name, values) = match expected {
+                // A service may take an empty condition for none.
+                Some(tag) if plain_tag(tag).is_empty() => return Err(StoreError::Conflict),
                 Some(tag) => ("if-match", forms(tag)),
                 None => ("if-none-match", vec!["*".to_owned()]),
             };
