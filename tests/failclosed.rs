@@ -304,7 +304,7 @@ fn another_instance_meanwhile_is_not_disturbed_and_what_it_saved_comes_back() {
     };
     place.s3().add_fault(Kind::Get, "layers/", u32::MAX, down);
     let supervisor = setup(&place).start();
-    until_held(&supervisor, "check the S3 credentials");
+    until_held(&supervisor, "these credentials need");
     let before = place.objects();
     assert_closed(&supervisor, &place, &before);
     place.s3().clear_faults();

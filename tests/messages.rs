@@ -4,10 +4,14 @@ use std::fmt::Write as _;
 use std::fs;
 
 use e2e::agent::{Host, Outcome, Place, boot_id};
+use e2e::front::{Front, certificate};
 use e2e::golden;
-use e2e::s3::{Effect, Kind, S3};
+use e2e::past;
+use e2e::s3::wire::Answer;
+use e2e::s3::{Asked, BUCKET, Effect, Kind, S3};
 use e2e::signature::Identity;
 use e2e::tree;
+use jiff::SignedDuration;
 use rustix::process::Signal;
 
 /// Names of this run in a text, replaced by what they stand for.
@@ -96,6 +100,8 @@ fn every_error_is_one_sentence_and_one_word() {
     damage(&mut book);
     writers(&mut book);
     store(&mut book);
+    services(&mut book);
+    network(&mut book);
     bounds(&mut book);
     golden::compare("agent-errors.txt", &book.0);
 }
@@ -384,6 +390,178 @@ fn store(book: &mut Book) {
         &["restore"],
         75,
     );
+}
+
+/// Services that answer in their own way.
+fn services(book: &mut Book) {
+    let with = |change: fn(&Asked<'_>, Answer) -> Answer| {
+        let place = Place::memory();
+        place
+            .s3()
+            .behave(move |asked, serve| change(asked, serve()));
+        place
+    };
+    for (title, verb, code, change) in [
+        (
+            "a service that ignores ranges",
+            "backup",
+            64,
+            (|asked, mut answer| {
+                if asked.incoming.header("range").is_some() && answer.status == 206 {
+                    answer = Answer::new(200, vec![b'x'; 40]).with("ETag", "\"x\"");
+                }
+                answer
+            }) as fn(&Asked<'_>, Answer) -> Answer,
+        ),
+        ("an address of something else", "restore", 75, |_, _| {
+            Answer::new(404, "<html>not found</html>")
+        }),
+        ("a page in the place of the store", "restore", 75, |_, _| {
+            Answer::new(200, "<!DOCTYPE html><html>log in</html>")
+        }),
+        ("a bucket in another region", "restore", 75, |_, _| {
+            Answer::new(301, "").with("x-amz-bucket-region", "eu-north-7")
+        }),
+        ("an address that leads elsewhere", "restore", 75, |_, _| {
+            Answer::new(307, "").with("Location", "https://elsewhere.example/?X-Amz-Signature=1")
+        }),
+        (
+            "a listing that breaks off",
+            "list",
+            75,
+            |asked, mut answer| {
+                if asked.kind == Kind::List {
+                    let text = answer.text().replace(">false<", ">true<");
+                    answer.body = text.into_bytes();
+                }
+                answer
+            },
+        ),
+        ("an expired session", "restore", 75, |_, _| {
+            Answer::refusal(403, "ExpiredToken")
+        }),
+        ("keys that nobody knows", "restore", 75, |_, _| {
+            Answer::refusal(403, "InvalidAccessKeyId")
+        }),
+    ] {
+        let place = with(change);
+        let host = Host::new(&place);
+        tree::write(&host.root, "file", "content");
+        book.add(title, &host, &place, &[verb], code);
+    }
+    listings_and_rights(book);
+}
+
+fn listings_and_rights(book: &mut Book) {
+    let place = Place::memory();
+    place
+        .s3()
+        .behave(|asked, serve| match asked.incoming.header("if-match") {
+            Some(_) => Answer::refusal(412, "PreconditionFailed"),
+            None => serve(),
+        });
+    book.add(
+        "a store that refuses a right tag",
+        &Host::new(&place),
+        &place,
+        &["backup"],
+        64,
+    );
+    let place = Place::memory();
+    let endpoint = format!("http://{}/{BUCKET}", place.s3().address);
+    let host = Host::new(&place).with("RUNTIME_S3_ENDPOINT", endpoint);
+    book.add("the bucket in the endpoint", &host, &place, &["list"], 75);
+    let place = Place::memory();
+    let host = with_snapshot(&place);
+    let first = place.keys("snapshots/").remove(0);
+    tree::write(&host.root, "file", "other");
+    host.backup();
+    place.s3().behave(move |asked, serve| {
+        let mut answer = serve();
+        if asked.kind == Kind::List {
+            let shown = answer.text().replace(&first, "snapshots/of-nobody");
+            answer.body = shown.into_bytes();
+        }
+        answer
+    });
+    book.add(
+        "a listing that leaves a snapshot out",
+        &host,
+        &place,
+        &["prune"],
+        75,
+    );
+    let place = Place::memory();
+    let host = with_snapshot(&place);
+    place.s3().add_fault(
+        Kind::Delete,
+        "",
+        10,
+        Effect::Status {
+            status: 403,
+            code: "AccessDenied",
+            retry_after: None,
+        },
+    );
+    let layer = format!(
+        "layers/{}.tar.zst",
+        past::id(SignedDuration::from_hours(200), "00000000")
+    );
+    place.put(&layer, b"nobody's");
+    book.add("forbidden to delete", &host, &place, &["prune"], 75);
+}
+
+/// The way to a service.
+fn network(book: &mut Book) {
+    let place = Place::memory();
+    let host = Host::new(&place);
+    let empty = host.folder.path().join("empty.pem").display().to_string();
+    tree::write(host.folder.path(), "empty.pem", "");
+    let mut host = host.with("RUNTIME_CA_FILE", empty);
+    book.add(
+        "authorities without a certificate",
+        &host,
+        &place,
+        &["list"],
+        64,
+    );
+    host.set(
+        "RUNTIME_CA_FILE",
+        host.folder.path().join("nowhere.pem").display().to_string(),
+    );
+    book.add("authorities that are missing", &host, &place, &["list"], 64);
+    host.unset("RUNTIME_CA_FILE");
+    host.set("HTTP_PROXY", "socks5://me:secret@localhost:1");
+    book.add("a proxy of another kind", &host, &place, &["list"], 64);
+    host.set("HTTP_PROXY", "http://me:secret@localhost:1");
+    book.add(
+        "a proxy that nobody serves",
+        &host,
+        &place,
+        &["list", "--timeout", "1s"],
+        75,
+    );
+    host.unset("HTTP_PROXY");
+    for name in ["good", "expired", "other-name", "self-signed"] {
+        let front = Front::tls(name, place.s3().address.port());
+        host.set(
+            "RUNTIME_S3_ENDPOINT",
+            format!("https://localhost:{}", front.port),
+        );
+        if name != "good" {
+            let trusted = if name == "self-signed" {
+                name
+            } else {
+                "authority"
+            };
+            host.set(
+                "RUNTIME_CA_FILE",
+                certificate(trusted).display().to_string(),
+            );
+        }
+        let title = format!("a certificate: {name}");
+        book.add(&title, &host, &place, &["list"], 75);
+    }
 }
 
 fn bounds(book: &mut Book) {

@@ -33,6 +33,15 @@ pub enum Error {
          use another one, or set RUNTIME_STORE_UNFENCED=allow if no second writer can ever exist"
     )]
     Unfenced { broken: &'static str },
+    /// The store does not do what snapshots rest on, and nobody's word makes up for that.
+    #[error("cannot use this store: {lacks}; use another one")]
+    Unusable { lacks: &'static str },
+    /// Reading a record shows that the list of records leaves it out.
+    #[error(
+        "cannot prune: the listing of snapshots/ leaves out {key}, which is there; try again later, and look after the \
+         store if it stays so"
+    )]
+    LeftOut { key: String },
     /// There is nothing to restore.
     #[error("there is no snapshot of instance {instance} on {store}")]
     NoSnapshot { instance: String, store: String },
@@ -120,6 +129,15 @@ impl Error {
             let is_said = reason.contains("; ");
             return mend(key).filter(|_| !is_said).map(str::to_owned);
         }
+        if let Self::Store {
+            op,
+            source: StoreError::Status { code, .. },
+            ..
+        } = self
+            && code == "AccessDenied"
+        {
+            return Some(format!("these credentials need {}", rights(op)));
+        }
         let (Self::Local { source, .. }
         | Self::Store {
             source: StoreError::Io(source),
@@ -146,6 +164,9 @@ impl Error {
         let advice = match source.kind() {
             Kind::StorageFull | Kind::QuotaExceeded => {
                 "make room on that file system, then run it again; nothing was lost"
+            }
+            Kind::AlreadyExists if matches!(self, Self::Store { .. }) => {
+                "its file system cannot replace a file by rename (sshfs: mount it with -o workaround=rename)"
             }
             Kind::ReadOnlyFilesystem => "that file system is mounted read-only",
             Kind::ResourceBusy => "it is in use or a mount point: unmount it first",
@@ -175,12 +196,18 @@ impl Error {
             Self::NoSnapshot { .. } | Self::UnknownSnapshot { .. } => (10, "no_snapshot"),
             Self::Damaged { .. } => (11, "damaged"),
             Self::Fenced { .. } => (12, "fenced"),
-            Self::Settings(_) | Self::Unfenced { .. } => (64, "usage"),
+            Self::Settings(_)
+            | Self::Unfenced { .. }
+            | Self::Unusable { .. }
+            | Self::Store {
+                source: StoreError::NoLocks(_),
+                ..
+            } => (64, "usage"),
             Self::Local { .. } => (74, "local"),
             Self::RootLost { .. } => (74, "root_lost"),
             Self::RootUnfinished { .. } | Self::RootHalf { .. } => (74, "restore_unfinished"),
             Self::InUse { .. } => (74, "in_use"),
-            Self::Store { .. } => (75, "store_unavailable"),
+            Self::Store { .. } | Self::LeftOut { .. } => (75, "store_unavailable"),
             Self::Timeout { .. } => (124, "timeout"),
             Self::Interrupted { signal, .. } => {
                 (if *signal == 2 { 130 } else { 143 }, "interrupted")
@@ -204,6 +231,19 @@ pub fn mend(key: &str) -> Option<&'static str> {
              `backup-agent backup --whole` takes a new one that needs no earlier layer",
         ),
         _ => None,
+    }
+}
+
+/// What a request to S3 takes (docs/backup-agent.md, "Rights").
+fn rights(op: &str) -> &'static str {
+    match op {
+        "list" => "the right to list the bucket (s3:ListBucket)",
+        "delete" => "the right to delete (s3:DeleteObject), which only `prune` cannot do without",
+        "read" | "look at" => {
+            "the rights to read and to list (s3:GetObject, s3:ListBucket): without the second, an object that is missing is \
+             answered so, too"
+        }
+        _ => "the rights to write and to read (s3:PutObject, s3:GetObject)",
     }
 }
 

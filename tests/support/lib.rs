@@ -9,6 +9,7 @@ pub mod device;
 pub mod edge;
 pub mod faults;
 pub mod forge;
+pub mod front;
 pub mod golden;
 pub mod held;
 pub mod history;

@@ -10,7 +10,7 @@ use std::time::Duration;
 use jiff::Timestamp;
 
 use self::service::{judge, tag};
-use self::wire::{Begun, begin, deliver, receive};
+use self::wire::{Answer, Begun, Incoming, begin, deliver, receive};
 use crate::signature::Identity;
 
 mod service;
@@ -134,8 +134,19 @@ struct Inner {
     is_stopped: bool,
 }
 
+/// Another service's way to answer: it is told what a request is about, and may let the server do what it asks for.
+type Manner = Box<dyn FnMut(&Asked<'_>, &mut dyn FnMut() -> Answer) -> Answer + Send>;
+
+/// A request as a [`Manner`] sees it.
+pub struct Asked<'a> {
+    pub kind: Kind,
+    pub key: &'a str,
+    pub incoming: &'a Incoming,
+}
+
 struct Shared {
     inner: Mutex<Inner>,
+    manner: Mutex<Option<Manner>>,
     changed: Condvar,
     identity: Identity,
 }
@@ -177,6 +188,7 @@ impl S3 {
                 page: 1000,
                 ..Inner::default()
             }),
+            manner: Mutex::new(None),
             changed: Condvar::new(),
             identity,
         });
@@ -216,6 +228,24 @@ impl S3 {
 
     pub fn clear_faults(&self) {
         self.shared.lock().faults.clear();
+    }
+
+    /// Answers as another service does, from now on.
+    pub fn behave(
+        &self,
+        manner: impl FnMut(&Asked<'_>, &mut dyn FnMut() -> Answer) -> Answer + Send + 'static,
+    ) {
+        *self.manner() = Some(Box::new(manner));
+    }
+
+    /// Answers by itself again.
+    pub fn behave_well(&self) {
+        *self.manner() = None;
+    }
+
+    fn manner(&self) -> MutexGuard<'_, Option<Manner>> {
+        let manner = self.shared.manner.lock();
+        manner.expect("no thread of the server panics")
     }
 
     /// Takes every write whatever its condition, as some services do.
@@ -346,7 +376,19 @@ fn serve(shared: &Shared, stream: &TcpStream) -> io::Result<()> {
         let answer = match begin(effect, stream, &mut reader, &mut incoming)? {
             Begun::Over => return Ok(()),
             Begun::Refused(answer) => answer,
-            Begun::GoesOn => judge(shared, &incoming, &about),
+            Begun::GoesOn => {
+                let mut manner = shared.manner.lock().expect("no manner panics");
+                let mut serve = || judge(shared, &incoming, &about);
+                let asked = Asked {
+                    kind: about.kind,
+                    key: &about.place,
+                    incoming: &incoming,
+                };
+                match manner.as_mut() {
+                    Some(manner) => manner(&asked, &mut serve),
+                    None => serve(),
+                }
+            }
         };
         shared.lock().requests.push(Request {
             kind: about.kind,

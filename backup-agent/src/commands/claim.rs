@@ -9,15 +9,15 @@ use crate::{
         record::{FORMAT, Record},
     },
     state::State,
-    store::{Store, check_conditions},
+    store::{Store, probe},
 };
 
-/// Finds out once whether the store can keep two writers apart, and remembers it.
+/// Finds out once whether the store does what snapshots rest on, and remembers it.
 pub async fn trust(config: &Config, store: &dyn Store, state: &mut State) -> Result<(), Error> {
     if state.facts.is_store_trusted {
         return Ok(());
     }
-    match check_conditions(store).await {
+    match probe(store).await {
         Err(Error::Unfenced { .. }) if config.is_unfenced_allowed => Ok(()),
         Err(error) => Err(error),
         Ok(()) => {

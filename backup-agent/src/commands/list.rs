@@ -12,7 +12,7 @@ use crate::{
     log,
     snapshot::{
         head, history, id,
-        record::{self, Consistency, Record},
+        record::{Consistency, Record},
     },
     store::Store,
 };
@@ -43,8 +43,9 @@ async fn find(store: &dyn Store) -> Result<Found, Error> {
         Ok(head) => head,
         Err(error) => note(error).map(|()| None)?,
     };
+    let newest = head.and_then(|seen| seen.head.snapshot);
     let mut records = Vec::new();
-    for read in history::read(store, &record::list(store).await?).await {
+    for read in history::all(store, newest.as_deref()).await? {
         match read {
             Ok(record) => records.push(record),
             Err(error) => note(error)?,
@@ -52,7 +53,7 @@ async fn find(store: &dyn Store) -> Result<Found, Error> {
     }
     records.reverse();
     Ok(Found {
-        newest: head.and_then(|seen| seen.head.snapshot),
+        newest,
         records,
         damaged,
     })

@@ -3,7 +3,7 @@
 //! The order is records, then layers, so that a kill anywhere leaves snapshots that are whole, and layers that a later run
 //! finds again. It is safe beside a backup, here or elsewhere: a layer that no record has named yet stays for as long as
 //! a backup may go on from it, and the records are listed once more between the two steps, so that one which came meanwhile
-//! keeps its layers.
+//! keeps its layers. Nothing is removed where a listing leaves out what the head or a record names.
 
 use std::collections::{HashMap, HashSet};
 
@@ -39,6 +39,7 @@ pub async fn run(config: &Config, store: &dyn Store, is_dry_run: bool) -> Result
     let now = Timestamp::now();
     let ids = record::list(store).await?;
     let records = read(store, &ids).await?;
+    check_listing(store, &ids, &records, head).await?;
     if let Some(head) = head
         && !records.iter().any(|record| record.id == head)
     {
@@ -64,10 +65,13 @@ pub async fn run(config: &Config, store: &dyn Store, is_dry_run: bool) -> Result
     let stored = store.list("layers/").await;
     let stored = stored.map_err(Error::store("list", "layers/"))?;
     if !is_dry_run {
-        let known: HashSet<String> = ids.into_iter().collect();
+        let known: HashSet<&String> = ids.iter().collect();
         let mut since = record::list(store).await?;
         since.retain(|id| !known.contains(id));
-        named.extend(read(store, &since).await?.iter().flat_map(layers));
+        let younger = read(store, &since).await?;
+        since.extend(ids);
+        check_listing(store, &since, &younger, None).await?;
+        named.extend(younger.iter().flat_map(layers));
     }
     let unnamed = |key: &String| {
         let layer = key.strip_prefix("layers/")?.strip_suffix(".tar.zst")?;
@@ -130,6 +134,23 @@ fn check_writer(config: &Config, state: &State, seen: Option<&Seen>) -> Result<(
 async fn read(store: &dyn Store, ids: &[String]) -> Result<Vec<Record>, Error> {
     let records = history::read(store, ids).await;
     records.into_iter().collect()
+}
+
+/// Stops where the listing left records out: their layers are nobody's in what was read.
+async fn check_listing(
+    store: &dyn Store,
+    listed: &[String],
+    records: &[Record],
+    head: Option<&str>,
+) -> Result<(), Error> {
+    match history::left_out(store, listed, records, head).await.pop() {
+        None => Ok(()),
+        Some(Ok(record)) => Err(Error::LeftOut {
+            key: record::key(&record.id),
+        }),
+        Some(Err(Error::Damaged { key, .. })) => Err(Error::LeftOut { key }),
+        Some(Err(error)) => Err(error),
+    }
 }
 
 fn layers(record: &Record) -> impl Iterator<Item = String> {

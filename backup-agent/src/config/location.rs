@@ -6,6 +6,7 @@ use std::{fmt, io::Read, num::NonZeroU64, path::PathBuf};
 use url::{Host, Url};
 
 use super::source::Source;
+use crate::store::network::Network;
 
 /// A value that must never be shown.
 #[derive(Clone, PartialEq, Eq)]
@@ -40,6 +41,7 @@ pub struct Bucket {
     /// Empty, or ends in `/`.
     pub prefix: String,
     pub endpoint: Url,
+    pub network: Network,
     /// The bucket is part of the host name instead of the path.
     pub is_virtual_host: bool,
     pub region: String,
@@ -176,6 +178,7 @@ impl Source<'_> {
 
     pub fn location(&mut self, name: &str, url: &str) -> Option<Location> {
         if let Some(path) = url.strip_prefix("file://") {
+            self.authorities(false);
             let credentials = self.credentials(false);
             if let Some(text) = credentials.endpoint {
                 self.endpoint(&text, "");
@@ -228,6 +231,7 @@ impl Source<'_> {
                 return None;
             }
         };
+        let network = self.network(&endpoint);
         Some(Location::S3(Box::new(Bucket {
             name: bucket.to_owned(),
             prefix: if prefix.is_empty() {
@@ -235,6 +239,7 @@ impl Source<'_> {
             } else {
                 format!("{prefix}/")
             },
+            network,
             endpoint,
             is_virtual_host,
             region,
@@ -378,17 +383,26 @@ fn endpoint(text: &str, bucket: &str) -> Result<(Url, bool), String> {
     });
     let url = Url::parse(&format!("{scheme}://{plain}")).ok();
     let url = url.filter(|_| is_name && is_whole).ok_or_else(shape)?;
-    let path = tail.trim_matches('/');
-    if !path.is_empty() || tail.len() > 1 {
-        let pasted = if path.split('/').next() == Some(bucket) {
-            "the bucket"
-        } else {
-            "a path"
-        };
+    let path = tail.strip_prefix('/').unwrap_or(tail);
+    let path = path.strip_suffix('/').unwrap_or(path);
+    let parts: Vec<&str> = path.split('/').filter(|_| !path.is_empty()).collect();
+    if parts.first() == Some(&bucket) || parts.last() == Some(&bucket) {
         return Err(format!(
-            "it has {pasted} behind the host; write {scheme}://{authority}, and the bucket into RUNTIME_STORE"
+            "it has the bucket behind the host; write {scheme}://{authority}, and the bucket into RUNTIME_STORE"
         ));
     }
+    // Some services have their S3 below a path.
+    let is_odd = tail.contains("//") || !parts.iter().all(|part| is_label(part));
+    if is_odd || (is_virtual_host && !parts.is_empty()) {
+        return Err(format!(
+            "it has a path that no service has; write {scheme}://{authority}, or the path that the service names"
+        ));
+    }
+    let url = if parts.is_empty() {
+        url
+    } else {
+        url.join(&format!("{path}/")).map_err(|_| shape())?
+    };
     // Signed as if the bucket came in the path, objects would land beside those that are there.
     let own_host = name
         .strip_prefix(bucket)
@@ -513,8 +527,11 @@ mod tests {
                 "https://{bucket}.s3.example/bucket",
                 "write https://{bucket}.s3.example,",
             ),
-            ("https://account.example/storage", "a path behind the host"),
-            ("https://account.example//", "a path behind the host"),
+            (
+                "https://account.example/storage/../s3",
+                "a path that no service",
+            ),
+            ("https://account.example//", "a path that no service"),
             (
                 "https://bucket.s3.example",
                 "write https://{bucket}.s3.example",

@@ -1,6 +1,7 @@
 //! Settings: flags over environment over defaults, every bad one reported at once, secrets never printed.
 
 mod location;
+mod network;
 mod places;
 mod source;
 

@@ -1,10 +1,16 @@
 //! All snapshots of an instance together: reading their records, and which of them the head follows.
 
+use std::collections::HashSet;
+
 use futures_util::{StreamExt, stream};
 
 use crate::{
     error::Error,
-    snapshot::record::{self, Record},
+    log,
+    snapshot::{
+        id,
+        record::{self, Record},
+    },
     store::Store,
 };
 
@@ -20,6 +26,54 @@ pub async fn read(store: &dyn Store, ids: &[String]) -> Vec<Result<Record, Error
         .filter(|read| std::future::ready(!matches!(read, Err(Error::UnknownSnapshot { .. }))))
         .collect()
         .await
+}
+
+/// What is there of the snapshots that the head and listed records name and the listing does not: such a listing cannot be
+/// trusted. Parents that were pruned are not there.
+pub async fn left_out(
+    store: &dyn Store,
+    listed: &[String],
+    records: &[Record],
+    head: Option<&str>,
+) -> Vec<Result<Record, Error>> {
+    let mut known: HashSet<String> = listed.iter().cloned().collect();
+    let mut found = Vec::new();
+    let mut named = parents(records);
+    named.extend(head.map(str::to_owned));
+    loop {
+        named.retain(|id| id::is_valid(id) && known.insert(id.clone()));
+        if named.is_empty() {
+            return found;
+        }
+        let reads = read(store, &named).await;
+        named = parents(reads.iter().flatten());
+        found.extend(reads);
+    }
+}
+
+fn parents<'a>(records: impl IntoIterator<Item = &'a Record>) -> Vec<String> {
+    let parents = records.into_iter();
+    parents.filter_map(|record| record.parent.clone()).collect()
+}
+
+/// Every record of the instance, oldest first, with those that the listing left out.
+pub async fn all(
+    store: &dyn Store,
+    head: Option<&str>,
+) -> Result<Vec<Result<Record, Error>>, Error> {
+    let ids = record::list(store).await?;
+    let mut reads = read(store, &ids).await;
+    let records: Vec<Record> = reads.iter().flatten().cloned().collect();
+    let left_out = left_out(store, &ids, &records, head).await;
+    if !left_out.is_empty() {
+        log::warn(
+            "the listing of the store leaves out snapshots that are there",
+            &[("count", left_out.len().into())],
+        );
+        reads.extend(left_out);
+        reads.sort_by_key(|read| read.as_ref().ok().map(|record| record.id.clone()));
+    }
+    Ok(reads)
 }
 
 /// The snapshot `tip` and what it follows, newest first. Every other snapshot is a fork.

@@ -1,7 +1,8 @@
 //! A store in a directory: objects are files, written beside their place and renamed into it.
 //!
 //! Layers hold the gateway's secrets, so everything is readable by the owner only. Conditional writes compare under an
-//! advisory lock, which holds between processes of one machine and on network file systems that support it.
+//! advisory lock, which holds between processes of one machine and on network file systems that support it; where there are
+//! no locks, only an operator's word that there is one writer replaces them.
 
 use std::{
     fs::{self, DirBuilder, DirEntry, File, OpenOptions},
@@ -32,13 +33,16 @@ pub struct Directory {
     base: PathBuf,
     /// Name of this process's files under way, so that they are told from another writer's.
     under_way: String,
+    /// The operator says that there is one writer, so a file system without locks will do.
+    is_unfenced: bool,
 }
 
 impl Directory {
     /// A store below `base`, which is made at the first write.
-    pub fn new(base: PathBuf) -> Result<Self, io::Error> {
+    pub fn new(base: PathBuf, is_unfenced: bool) -> Result<Self, io::Error> {
         Ok(Self {
             base,
+            is_unfenced,
             under_way: format!("{UNDER_WAY}{}", id::random_hex::<8>()?),
         })
     }
@@ -98,11 +102,18 @@ impl Store for Directory {
         expected: Option<&'a str>,
     ) -> Pending<'a, String> {
         let (key, expected) = (key.to_owned(), expected.map(str::to_owned));
+        let is_unfenced = self.is_unfenced;
         self.blocking(move |base, under_way| {
             let path = base.join(key);
             make_parent(&path)?;
             let lock = private().create(true).open(base.join(".lock"))?;
-            lock.lock()?;
+            match lock.lock() {
+                Err(error) if is_unsupported(&error) && !is_unfenced => {
+                    return Err(StoreError::NoLocks(error));
+                }
+                Err(error) if !is_unsupported(&error) => return Err(error.into()),
+                _ => {}
+            }
             let found = match read_small(&path) {
                 Ok(now) => Some(tag(&now)),
                 Err(StoreError::NotFound) => None,
@@ -112,8 +123,12 @@ impl Store for Directory {
                 return Err(StoreError::Conflict);
             }
             let (mut file, under_way) = begin(&path, under_way)?;
-            file.write_all(&bytes)?;
-            finish(&file, &under_way, &path)?;
+            let written = file.write_all(&bytes).map_err(StoreError::from);
+            if let Err(error) = written.and_then(|()| finish(&file, &under_way, &path)) {
+                // A disk that is full needs the room.
+                let _ = fs::remove_file(&under_way);
+                return Err(error);
+            }
             Ok(tag(&bytes))
         })
     }
@@ -159,8 +174,11 @@ impl Store for Directory {
         let prefix = prefix.to_owned();
         self.blocking(move |base, _| {
             let mut objects = Vec::new();
-            if base.join(&prefix).is_dir() {
-                add_all(base, prefix, &mut objects)?;
+            match fs::metadata(base.join(&prefix)) {
+                Ok(status) if status.is_dir() => add_all(base, prefix, &mut objects)?,
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(error.into()),
             }
             Ok(objects)
         })
@@ -319,8 +337,28 @@ fn begin(path: &Path, name: &str) -> Result<(File, PathBuf), StoreError> {
 
 /// Makes a file visible under its name, after its bytes are on the disk.
 fn finish(file: &File, under_way: &Path, path: &Path) -> Result<(), StoreError> {
-    file.sync_all()?;
+    synced(file.sync_all())?;
     fs::rename(under_way, path)?;
-    File::open(path.parent().unwrap_or(Path::new("/")))?.sync_all()?;
-    Ok(())
+    let parent = File::open(path.parent().unwrap_or(Path::new("/")))?;
+    Ok(synced(parent.sync_all())?)
+}
+
+/// A file system that cannot sync this at all (a directory on CIFS and some of FUSE) keeps what it has in its own way.
+fn synced(result: Result<(), io::Error>) -> Result<(), io::Error> {
+    result.or_else(|error| {
+        if is_unsupported(&error) {
+            Ok(())
+        } else {
+            Err(error)
+        }
+    })
+}
+
+/// The file system does not have this operation, whatever is asked of it.
+fn is_unsupported(error: &io::Error) -> bool {
+    use nix::libc::{EBADF, EINVAL, ENOLCK, ENOSYS, ENOTSUP, EOPNOTSUPP};
+
+    error.raw_os_error().is_some_and(|number| {
+        [EBADF, EINVAL, ENOLCK, ENOSYS, ENOTSUP, EOPNOTSUPP].contains(&number)
+    })
 }

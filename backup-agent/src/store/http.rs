@@ -1,14 +1,14 @@
-//! One HTTP request to the service, bounded in time and bytes. TLS by rustls with the Mozilla roots built in: the image
-//! has no certificate store of its own.
+//! One HTTP request to the service, bounded in time and bytes.
 
-use std::{num::NonZeroU64, sync::Mutex, time::Duration};
+use std::{io, num::NonZeroU64, sync::Mutex, time::Duration};
 
 use http_body_util::{BodyExt, Full};
 use hyper::{
     HeaderMap, Method, Request, StatusCode, Uri,
     body::{Body, Bytes},
+    header::{HeaderValue, PROXY_AUTHORIZATION},
 };
-use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
+use hyper_rustls::HttpsConnector;
 use hyper_util::{
     client::legacy::{Client, connect::HttpConnector},
     rt::{TokioExecutor, TokioTimer},
@@ -16,7 +16,7 @@ use hyper_util::{
 use tokio::time::{Instant, sleep_until, timeout};
 use url::Url;
 
-use super::StoreError;
+use super::{StoreError, connect::Connector, network::Network, resolve::Resolver, tls};
 
 /// Longest wait for a connection. Two round trips across the world take half a second; a lost packet or two, three more.
 const CONNECT: Duration = Duration::from_secs(10);
@@ -29,7 +29,9 @@ const SLOWEST: u64 = 128 * 1024;
 
 /// A pool of connections.
 pub struct Http {
-    client: Client<HttpsConnector<HttpConnector>, Full<Bytes>>,
+    client: Client<HttpsConnector<Connector>, Full<Bytes>>,
+    /// What a proxy wants to see with each request that it reads: those for http.
+    authorization: Option<HeaderValue>,
     /// Bytes per second, both ways together.
     bandwidth: Option<NonZeroU64>,
     /// When what has been sent and received would have been through at that rate.
@@ -44,22 +46,22 @@ pub struct Response {
 }
 
 impl Http {
-    pub fn new(bandwidth: Option<NonZeroU64>) -> Self {
-        let mut tcp = HttpConnector::new();
+    pub fn new(network: &Network, bandwidth: Option<NonZeroU64>) -> Self {
+        let mut tcp = HttpConnector::new_with_resolver(Resolver::default());
         tcp.set_connect_timeout(Some(CONNECT));
         tcp.set_nodelay(true);
         tcp.enforce_http(false);
-        let connector = HttpsConnectorBuilder::new()
-            .with_webpki_roots()
-            .https_or_http()
-            .enable_http1()
-            .wrap_connector(tcp);
+        let proxy = network.proxy.clone();
+        let authorization = proxy.as_ref().and_then(|proxy| proxy.authorization.clone());
+        let connector = Connector { tcp, proxy };
+        let connector = HttpsConnector::from((connector, tls::client(&network.authorities)));
         let client = Client::builder(TokioExecutor::new())
             .pool_timer(TokioTimer::new())
             .pool_idle_timeout(IDLE)
             .build(connector);
         Self {
             client,
+            authorization,
             bandwidth,
             through: Mutex::new(Instant::now()),
         }
@@ -94,10 +96,6 @@ impl Http {
     ) -> Result<Response, StoreError> {
         // Errors name the host only: the address carries the signature.
         let host = url.host_str().unwrap_or_default().to_owned();
-        let transport = |reason: String| StoreError::Transport {
-            host: host.clone(),
-            reason,
-        };
         let stalled = |after| StoreError::Stalled {
             host: host.clone(),
             after,
@@ -107,6 +105,13 @@ impl Http {
         let mut request = Request::new(Full::new(body));
         *request.method_mut() = method;
         *request.headers_mut() = headers;
+        if let Some(value) = self
+            .authorization
+            .clone()
+            .filter(|_| url.scheme() == "http")
+        {
+            request.headers_mut().insert(PROXY_AUTHORIZATION, value);
+        }
         *request.uri_mut() = url
             .as_str()
             .parse::<Uri>()
@@ -114,7 +119,7 @@ impl Http {
         let response = timeout(patience, self.client.request(request))
             .await
             .map_err(|_| stalled(patience))?
-            .map_err(|error| transport(innermost(&error)))?;
+            .map_err(|error| broken(&host, &error))?;
         let (parts, mut incoming) = response.into_parts();
         let expected = usize::try_from(incoming.size_hint().lower()).unwrap_or(limit);
         let mut body = Vec::with_capacity(expected.min(limit));
@@ -123,7 +128,7 @@ impl Http {
                 .await
                 .map_err(|_| stalled(STALL))?;
             let Some(frame) = frame else { break };
-            let frame = frame.map_err(|error| transport(innermost(&error)))?;
+            let frame = frame.map_err(|error| broken(&host, &error))?;
             if let Some(data) = frame.data_ref() {
                 if body.len() + data.len() > limit {
                     return Err(StoreError::TooLong);
@@ -140,11 +145,57 @@ impl Http {
     }
 }
 
+/// The error of a connection that cannot be made or breaks.
+fn broken(host: &str, error: &(dyn std::error::Error + 'static)) -> StoreError {
+    let host = host.to_owned();
+    let mut cause = Some(error);
+    while let Some(now) = cause {
+        if let Some(error) = now.downcast_ref::<rustls::Error>()
+            && let Some(reason) = tls::explain(error)
+        {
+            return StoreError::Untrusted { host, reason };
+        }
+        let is_parse = now
+            .downcast_ref::<hyper::Error>()
+            .is_some_and(hyper::Error::is_parse);
+        // The words of tokio-rustls, which has no type for it.
+        let reason = match now.to_string().as_str() {
+            _ if is_parse => "it does not answer in HTTP",
+            "tls handshake eof" => "it ends the connection when TLS begins",
+            _ => {
+                cause = deeper(now);
+                continue;
+            }
+        };
+        return StoreError::Transport {
+            host,
+            reason: format!("{reason}; check http or https and the port in RUNTIME_S3_ENDPOINT"),
+        };
+    }
+    StoreError::Transport {
+        host,
+        reason: innermost(error),
+    }
+}
+
 /// The cause at the bottom: the layers above say "client error" and the like.
-fn innermost(error: &dyn std::error::Error) -> String {
+pub fn innermost(error: &(dyn std::error::Error + 'static)) -> String {
     let mut cause = error;
-    while let Some(next) = cause.source() {
+    while let Some(next) = deeper(cause) {
         cause = next;
     }
     cause.to_string()
+}
+
+/// The next cause. An error of input and output gives the source of what it wraps, and not that itself.
+fn deeper<'a>(
+    error: &'a (dyn std::error::Error + 'static),
+) -> Option<&'a (dyn std::error::Error + 'static)> {
+    match error
+        .downcast_ref::<io::Error>()
+        .and_then(io::Error::get_ref)
+    {
+        Some(inner) => Some(inner),
+        None => error.source(),
+    }
 }

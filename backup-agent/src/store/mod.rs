@@ -3,14 +3,20 @@
 //! Keys are relative to the instance. Every call is bounded in time and memory; what is transient has been retried already
 //! when an error comes back.
 
+mod connect;
 mod dir;
 mod http;
+pub mod network;
+mod probe;
+pub mod proxy;
+mod resolve;
 mod retry;
 mod s3;
+pub mod tls;
 
-pub use self::retry::twice;
+pub use self::{probe::probe, retry::twice};
 
-use std::{io, pin::Pin, sync::Arc, time::Duration};
+use std::{fmt, io, pin::Pin, sync::Arc, time::Duration};
 
 use hyper::body::Bytes;
 use jiff::Timestamp;
@@ -19,7 +25,6 @@ use tokio::sync::mpsc;
 use crate::{
     config::{Config, Location},
     error::Error,
-    snapshot::id,
 };
 
 /// What a call of the store comes back with.
@@ -35,7 +40,7 @@ pub struct Part {
 /// Largest object that [`Store::get`] takes: records and heads have a few hundred bytes for each layer.
 pub const SMALL_OBJECT: usize = 1 << 20;
 
-/// Keys that begin so are objects of [`check_conditions`], removed at its end unless it is killed.
+/// Keys that begin so are objects of [`probe`], removed at its end unless it is killed.
 const PROBE: &str = "probe-";
 
 /// An object that another tool wrote.
@@ -99,33 +104,80 @@ pub enum StoreError {
     TooShort,
     #[error("it was changed by somebody else meanwhile")]
     Conflict,
-    #[error("the service answered {status}{}{code}{}", if code.is_empty() { "" } else { " " }, advice(*status))]
+    #[error("the service answered {status}{}{code}{}", if code.is_empty() { "" } else { " " }, Advice(*status, code, hint.as_deref()))]
     Status {
         status: u16,
         /// The service's word, such as `SlowDown`; never its prose, which may repeat the request.
         code: String,
         /// From `Retry-After`.
         retry_after: Option<Duration>,
+        /// What the answer itself says that helps.
+        hint: Option<String>,
     },
+    #[error("{place} is no S3 service: {what}; check RUNTIME_S3_ENDPOINT")]
+    NotS3 { place: String, what: &'static str },
+    #[error(
+        "RUNTIME_S3_ENDPOINT ends in the bucket's name {0}, to which the bucket is added once more; \
+         take it out of the endpoint"
+    )]
+    BucketTwice(String),
+    #[error(
+        "the listing cannot be trusted: {0}; check what is between this machine and the service, or use another one"
+    )]
+    Listing(&'static str),
+    #[error(
+        "the service gives the whole object when it is asked for a range; use one that serves ranges"
+    )]
+    NoRanges,
     #[error("cannot talk to {host}: {reason}")]
     Transport { host: String, reason: String },
+    #[error("cannot trust {host}: {reason}")]
+    Untrusted { host: String, reason: String },
     #[error("{host} did not answer within {} s", .after.as_secs())]
     Stalled { host: String, after: Duration },
     #[error("the answer makes no sense: {0}")]
     Protocol(&'static str),
+    #[error("its file system has no locks ({0}); {NO_LOCKS}")]
+    NoLocks(io::Error),
     #[error("the upload was abandoned")]
     Abandoned,
     #[error(transparent)]
     Io(#[from] io::Error),
 }
 
+/// What to do about a file system without locks.
+const NO_LOCKS: &str = "mount it with locks (NFS: nfsvers=4), or set RUNTIME_STORE_UNFENCED=allow if no second writer can \
+                        ever exist";
+
 /// What an operator should look at.
-fn advice(status: u16) -> &'static str {
-    match status {
-        300..=399 => "; check RUNTIME_S3_ENDPOINT and RUNTIME_S3_REGION",
-        401 | 403 => "; check the S3 credentials, what they may do, and this machine's clock",
-        404 => "; check the bucket's name",
-        _ => "",
+struct Advice<'a>(u16, &'a str, Option<&'a str>);
+
+impl fmt::Display for Advice<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self(status, code, hint) = *self;
+        let advice = match (status, code) {
+            _ if hint.is_some() => hint.unwrap_or_default(),
+            (300..=399, _) => "check RUNTIME_S3_ENDPOINT and RUNTIME_S3_REGION",
+            (_, "RequestTimeTooSkewed") => "set this machine's clock",
+            (_, "ExpiredToken" | "InvalidToken" | "TokenRefreshRequired") => {
+                "the session token is no longer valid: renew RUNTIME_S3_SESSION_TOKEN and the keys"
+            }
+            (_, "InvalidAccessKeyId" | "SignatureDoesNotMatch") => {
+                "check the S3 credentials (RUNTIME_S3_ACCESS_KEY_ID, RUNTIME_S3_SECRET_ACCESS_KEY) and RUNTIME_S3_REGION"
+            }
+            // What is missing depends on the request: see `Error::advice`.
+            (_, "AccessDenied") => return Ok(()),
+            (401 | 403, _) => {
+                "check the S3 credentials, what they may do, and this machine's clock"
+            }
+            (404, "NoSuchBucket") => {
+                "check the bucket's name in RUNTIME_STORE, and that RUNTIME_S3_ENDPOINT names no bucket"
+            }
+            (404, _) => "check RUNTIME_S3_ENDPOINT and the bucket's name",
+            (407, _) => "the proxy wants a user and a password: http://user:password@host",
+            _ => return Ok(()),
+        };
+        write!(f, "; {advice}")
     }
 }
 
@@ -134,7 +186,8 @@ impl StoreError {
     fn is_transient(&self) -> bool {
         match self {
             Self::Status { status, code, .. } => {
-                matches!(status, 408 | 429 | 500..=599)
+                // An error behind a success is one that the service met while it worked.
+                matches!(status, 200 | 408 | 429 | 500..=599)
                     // Two conditional writes met inside of the service: ours was not judged.
                     || (*status == 409 && code == "ConditionalRequestConflict")
                     || code == "RequestTimeout"
@@ -146,6 +199,12 @@ impl StoreError {
             | Self::TooLong
             | Self::TooShort
             | Self::Conflict
+            | Self::NotS3 { .. }
+            | Self::BucketTwice(_)
+            | Self::Listing(_)
+            | Self::NoRanges
+            | Self::Untrusted { .. }
+            | Self::NoLocks(_)
             | Self::Abandoned
             | Self::Io(_) => false,
         }
@@ -154,54 +213,22 @@ impl StoreError {
 
 /// Opens the configured store. `bound`: what is left of the whole operation's time.
 pub fn open(config: &Config, bound: Duration) -> Result<Arc<dyn Store>, Error> {
-    open_at(&config.location, &format!("{}/", config.instance), bound)
+    let folder = format!("{}/", config.instance);
+    open_at(&config.location, &folder, bound, config.is_unfenced_allowed)
 }
 
-/// Opens what is at `folder` of a location: empty, or ends in `/`.
+/// Opens what is at `folder` of a location: empty, or ends in `/`. `is_unfenced`: there is no second writer.
 pub fn open_at(
     location: &Location,
     folder: &str,
     bound: Duration,
+    is_unfenced: bool,
 ) -> Result<Arc<dyn Store>, Error> {
     Ok(match location {
         Location::Directory(path) => Arc::new(
-            dir::Directory::new(path.join(folder)).map_err(Error::local("read", "random bytes"))?,
+            dir::Directory::new(path.join(folder), is_unfenced)
+                .map_err(Error::local("read", "random bytes"))?,
         ),
         Location::S3(bucket) => Arc::new(s3::S3::new(bucket, folder, bound)?),
     })
-}
-
-/// Finds out whether the store honours conditional writes, on an object of its own.
-pub async fn check_conditions(store: &dyn Store) -> Result<(), Error> {
-    let suffix = id::random_hex::<8>().map_err(Error::local("read", "random bytes"))?;
-    let key = format!("{PROBE}{suffix}");
-    let broken = is_broken(store, &key).await;
-    let deleted = store.delete(&key).await;
-    match broken.map_err(Error::store("probe", &key))? {
-        Some(broken) => Err(Error::Unfenced { broken }),
-        None => deleted.map_err(Error::store("delete", &key)),
-    }
-}
-
-async fn is_broken(store: &dyn Store, key: &str) -> Result<Option<&'static str>, StoreError> {
-    match store.put_if(key, b"first".to_vec(), None).await {
-        // A retry after a lost answer meets the first try's own object.
-        Ok(_) | Err(StoreError::Conflict) => {}
-        Err(error) => return Err(error),
-    }
-    let tries = [
-        (None, "it replaced an object under If-None-Match"),
-        (
-            Some("\"00000000000000000000000000000000\""),
-            "it replaced an object under an If-Match that does not match",
-        ),
-    ];
-    for (expected, broken) in tries {
-        match store.put_if(key, b"second".to_vec(), expected).await {
-            Err(StoreError::Conflict) => {}
-            Ok(_) => return Ok(Some(broken)),
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(None)
 }

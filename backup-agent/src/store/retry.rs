@@ -100,6 +100,7 @@ mod tests {
             status: 503,
             code: "SlowDown".to_owned(),
             retry_after,
+            hint: None,
         }
     }
 
@@ -130,7 +131,8 @@ mod tests {
             run(hour, || StoreError::Status {
                 status: 403,
                 code: "AccessDenied".to_owned(),
-                retry_after: None
+                retry_after: None,
+                hint: None,
             }),
             1
         );

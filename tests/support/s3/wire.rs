@@ -103,6 +103,7 @@ pub struct About {
     pub is_virtual_host: bool,
 }
 
+#[derive(Clone)]
 pub struct Answer {
     pub status: u16,
     pub headers: Vec<(String, String)>,
@@ -147,6 +148,25 @@ impl Answer {
                 "<?xml version=\"1.0\"?><Error><Code>{code}</Code><Message>on the tests' order</Message></Error>"
             ),
         )
+    }
+
+    /// The same answer without a header.
+    #[must_use]
+    pub fn without(mut self, name: &str) -> Self {
+        self.headers
+            .retain(|(known, _)| !known.eq_ignore_ascii_case(name));
+        self
+    }
+
+    pub fn header(&self, name: &str) -> Option<&str> {
+        let mut headers = self.headers.iter();
+        let found = headers.find(|(known, _)| known.eq_ignore_ascii_case(name))?;
+        Some(&found.1)
+    }
+
+    /// The body as text.
+    pub fn text(&self) -> String {
+        String::from_utf8_lossy(&self.body).into_owned()
     }
 
     #[must_use]

@@ -428,6 +428,6 @@ async fn rebuild(
 fn may_follow(seen: Option<&Seen>, state: &State, writer: &str) -> bool {
     seen.is_none_or(|now| {
         let last = state.facts.seen();
-        now.head.writer == writer || last.is_some_and(|last| last.etag == now.etag)
+        now.head.writer == writer || last.is_some_and(|last| last == *now)
     })
 }

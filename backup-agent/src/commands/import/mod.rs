@@ -32,7 +32,7 @@ pub async fn run(config: &Config, store: &dyn Store, bound: Duration) -> Result<
     let _lock = State::open(config).await?;
     refuse_used(config, store).await?;
     let location = config.source.as_ref().ok_or(Error::Internal("flag"))?;
-    let source = store::open_at(location, "", bound)?;
+    let source = store::open_at(location, "", bound, false)?;
     let from = location.to_string();
     let from = from.trim_end_matches('/');
     let (plan, workspace) = plan(source.as_ref(), from).await?;

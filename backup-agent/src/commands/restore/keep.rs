@@ -28,7 +28,7 @@ pub async fn is_continued(
 ) -> Result<bool, Error> {
     let is_ours = seen.is_some_and(|seen| {
         // The last run may have been killed between moving the head and writing that down.
-        Some(&seen.etag) == state.facts.etag.as_ref()
+        Some(seen) == state.facts.seen().as_ref()
             || Some(&seen.head.writer) == state.facts.writer.as_ref()
     });
     if !is_ours || state.facts.is_fenced || !state.is_root_known(&config.root)? {

@@ -19,8 +19,8 @@ use crate::{
     error::{Error, mend},
     progress,
     snapshot::{
-        head,
-        record::{self, Record, layer_key},
+        head, history,
+        record::{Record, layer_key},
     },
     state::State,
     store::Store,
@@ -91,12 +91,14 @@ async fn records(
         }
         other => Err(other),
     };
-    if let Err(error) = head::read(store).await {
-        note(error)?;
+    let mut newest = None;
+    match head::read(store).await {
+        Ok(seen) => newest = seen.and_then(|seen| seen.head.snapshot),
+        Err(error) => note(error)?,
     }
     let mut records = Vec::new();
-    for id in record::list(store).await? {
-        match record::read(store, &id).await {
+    for read in history::all(store, newest.as_deref()).await? {
+        match read {
             Ok(record) => records.push(record),
             Err(error) => note(error)?,
         }

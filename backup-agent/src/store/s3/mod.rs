@@ -1,30 +1,38 @@
 //! A store on R2, S3 or whatever speaks its protocol. Requests are signed by rusty-s3; the signature is in the query, so
 //! no address is ever logged or put into an error.
 
+mod listing;
 mod multipart;
+mod refusal;
 mod remote;
 mod uploads;
+mod xml;
 
 use std::{sync::Arc, time::Duration};
 
-use hyper::{HeaderMap, Method, StatusCode, body::Bytes};
+use hyper::{Method, StatusCode, body::Bytes};
 use jiff::Timestamp;
-use rusty_s3::{Bucket, Credentials, S3Action, UrlStyle, actions::ListObjectsV2};
+use rusty_s3::{Bucket, Credentials, UrlStyle};
 use tokio::sync::mpsc;
 
 use self::{
+    listing::Listed,
     multipart::Multipart,
-    remote::{ANSWER, EXPIRY, Remote, deadline, entity_tag, file_time, header_value, whole_size},
+    remote::{
+        ANSWER, Ask, Remote, content_range, deadline, entity_tag, file_time, header_value,
+        plain_tag,
+    },
 };
 use super::{
-    Object, PROBE, Part, Pending, SMALL_OBJECT, Store, StoreError, http::Http, retry::retry,
+    Object, PROBE, Part, Pending, SMALL_OBJECT, Store, StoreError,
+    http::{Http, Response},
+    retry::retry,
 };
-use crate::{config, error::Error, snapshot::id};
+use crate::{config, error::Error};
 
 /// Objects below one prefix of a bucket.
 pub struct S3 {
     remote: Arc<Remote>,
-    prefix: String,
     multipart: Multipart,
 }
 
@@ -44,79 +52,77 @@ impl S3 {
             Some(token) => Credentials::new_with_token(id, secret, token.expose()),
             None => Credentials::new(id, secret),
         };
+        let mut segments = place.endpoint.path().rsplit('/');
+        let last = segments.find(|segment| !segment.is_empty());
         Ok(Self {
             remote: Arc::new(Remote {
-                http: Http::new(place.bandwidth),
+                http: Http::new(&place.network, place.bandwidth),
+                may_name_bucket_twice: last == Some(place.name.as_str()),
                 bucket,
                 credentials,
                 // The clock of the operation starts with the store, give or take a millisecond.
                 deadline: deadline(bound),
+                prefix: format!("{}{folder}", place.prefix),
             }),
-            prefix: format!("{}{folder}", place.prefix),
             multipart: Multipart::default(),
         })
     }
 
     fn object(&self, key: &str) -> String {
-        format!("{}{key}", self.prefix)
+        format!("{}{key}", self.remote.prefix)
     }
 
     /// Objects whose keys begin so, each with the service's word on when it was last written.
-    async fn objects(&self, prefix: &str) -> Result<Vec<(Object, Option<Timestamp>)>, StoreError> {
-        let full = self.object(prefix);
-        let mut objects = Vec::new();
-        let mut token: Option<String> = None;
-        loop {
-            let page = token.clone();
-            let action = |remote: &Remote| {
-                let mut list = remote.bucket.list_objects_v2(Some(&remote.credentials));
-                list.with_prefix(full.as_str());
-                if let Some(token) = &page {
-                    list.with_continuation_token(token.as_str());
-                }
-                (list.sign(EXPIRY), HeaderMap::new())
-            };
-            let page = self
-                .remote
-                .send_and(Method::GET, &action, Bytes::new(), ANSWER, |answer| {
-                    let text = std::str::from_utf8(&answer.body).ok()?;
-                    let page = ListObjectsV2::parse_response(text).ok()?;
-                    let is_whole = page.contents.iter().all(|object| object.size.is_some());
-                    is_whole.then_some(page)
-                })
-                .await?;
-            for object in page.contents {
-                if let Some(key) = object.key.strip_prefix(&self.prefix) {
-                    let modified = object.last_modified.as_deref().and_then(id::time);
-                    let found = Object {
-                        key: key.to_owned(),
-                        size: object.size.unwrap_or_default(),
-                        tag: object.etag.unwrap_or_default(),
-                    };
-                    objects.push((found, modified));
-                }
-            }
-            match page.next_continuation_token {
-                // A service that hands out the same page for ever must not hold us for ever.
-                next @ Some(_) if next != token => token = next,
-                _ => return Ok(objects),
-            }
+    async fn objects(&self, prefix: &str) -> Result<Vec<Listed>, StoreError> {
+        let mut objects = listing::list(&self.remote, &self.object(prefix)).await?;
+        for (object, _) in &mut objects {
+            object.key.drain(..self.remote.prefix.len());
         }
+        Ok(objects)
     }
+}
+
+/// The bytes of an answer, if they are the range that was asked for.
+fn cut(answer: Response, offset: u64, length: usize) -> Result<Bytes, StoreError> {
+    let end = offset + length as u64;
+    let range = content_range(&answer);
+    let is_right = match range {
+        Some((.., Some(size))) if size < end => return Err(StoreError::TooShort),
+        // Some services call a range 200.
+        Some((first, last, _)) => first == offset && last + 1 == end,
+        // The whole object, or a range that does not say which.
+        None => answer.status == StatusCode::PARTIAL_CONTENT || offset == 0,
+    };
+    if is_right && answer.body.len() == length {
+        Ok(answer.body)
+    } else if range.is_none() && answer.status == StatusCode::OK {
+        Err(StoreError::NoRanges)
+    } else {
+        Err(StoreError::Protocol(
+            "it is not the range that was asked for",
+        ))
+    }
+}
+
+/// The forms in which a service may want its own tag back. A weak one never matches (RFC 9110, section 13.1.1), and it is
+/// a proxy that made it weak.
+fn forms(tag: &str) -> Vec<String> {
+    let mut forms = vec![format!("\"{}\"", plain_tag(tag))];
+    if forms[0] != tag {
+        forms.push(tag.to_owned());
+    }
+    forms
 }
 
 impl Store for S3 {
     fn get<'a>(&'a self, key: &'a str) -> Pending<'a, (Vec<u8>, String)> {
         Box::pin(async move {
             let object = self.object(key);
-            let action = |remote: &Remote| {
-                let get = remote.bucket.get_object(Some(&remote.credentials), &object);
-                (get.sign(EXPIRY), HeaderMap::new())
+            let ask = Ask {
+                limit: SMALL_OBJECT,
+                ..Ask::get(Some(&object), &[])
             };
-            let answer = self
-                .remote
-                .send(Method::GET, &action, Bytes::new(), SMALL_OBJECT)
-                .await?;
+            let answer = self.remote.send(&ask).await?;
             let tag = entity_tag(&answer)?;
             Ok((answer.body.to_vec(), tag))
         })
@@ -129,32 +135,18 @@ impl Store for S3 {
             }
             let object = self.object(key);
             let range = format!("bytes={offset}-{}", offset + length as u64 - 1);
-            let range = header_value(&range)?;
-            let action = |remote: &Remote| {
-                let get = remote.bucket.get_object(Some(&remote.credentials), &object);
-                let headers = HeaderMap::from_iter([(hyper::header::RANGE, range.clone())]);
-                (get.sign(EXPIRY), headers)
+            let ask = Ask {
+                range: Some(header_value(&range)?),
+                limit: length.max(ANSWER),
+                ..Ask::get(Some(&object), &[])
             };
             retry(self.remote.deadline, || async {
-                let answer = self
-                    .remote
-                    .attempt(Method::GET, &action, Bytes::new(), length.max(ANSWER))
-                    .await
-                    .map_err(|error| match error {
-                        StoreError::Status { status: 416, .. } => StoreError::TooShort,
-                        other => other,
-                    })?;
-                if whole_size(&answer).is_some_and(|size| size < offset + length as u64) {
-                    return Err(StoreError::TooShort);
+                match self.remote.attempt(&ask).await {
+                    Ok(answer) => cut(answer, offset, length),
+                    Err(StoreError::Status { status: 416, .. }) => Err(StoreError::TooShort),
+                    Err(StoreError::TooLong) => Err(StoreError::NoRanges),
+                    Err(error) => Err(error),
                 }
-                // A cut body must not pass for the end of the object, nor a whole object for a range of it.
-                let is_partial = answer.status == StatusCode::PARTIAL_CONTENT;
-                if answer.body.len() != length || !(is_partial || offset == 0) {
-                    return Err(StoreError::Protocol(
-                        "it is not the range that was asked for",
-                    ));
-                }
-                Ok(answer.body)
             })
             .await
         })
@@ -167,21 +159,31 @@ impl Store for S3 {
         expected: Option<&'a str>,
     ) -> Pending<'a, String> {
         Box::pin(async move {
-            let (name, value) = match expected {
-                Some(tag) => ("if-match", tag),
-                None => ("if-none-match", "*"),
-            };
             let object = self.object(key);
-            let put = self
-                .remote
-                .put(&object, bytes.into(), Some((name, value)))
-                .await;
-            match put {
-                // If-Match on an object that is gone.
-                Err(StoreError::NotFound) if expected.is_some() => Err(StoreError::Conflict),
-                Err(error) => Err(error),
-                Ok(answer) => entity_tag(&answer),
+            let bytes = Bytes::from(bytes);
+            let (name, values) = match expected {
+                // A service may take an empty condition for none.
+                Some(tag) if plain_tag(tag).is_empty() => return Err(StoreError::Conflict),
+                Some(tag) => ("if-match", forms(tag)),
+                None => ("if-none-match", vec!["*".to_owned()]),
+            };
+            let mut put = Err(StoreError::Conflict);
+            for value in &values {
+                let condition = Some((name, value.as_str()));
+                put = self
+                    .remote
+                    .put(&object, &[], bytes.clone(), condition)
+                    .await;
+                match put {
+                    // If-Match on an object that is gone.
+                    Err(StoreError::NotFound) if expected.is_some() => {
+                        return Err(StoreError::Conflict);
+                    }
+                    Err(StoreError::Conflict) => {}
+                    _ => break,
+                }
             }
+            put
         })
     }
 
@@ -190,8 +192,11 @@ impl Store for S3 {
             let object = self.object(key);
             let first = parts.recv().await.ok_or(StoreError::Abandoned)?;
             if first.is_last {
-                self.remote.put(&object, first.bytes, None).await?;
-                return Ok(());
+                return self
+                    .remote
+                    .put(&object, &[], first.bytes, None)
+                    .await
+                    .map(drop);
             }
             self.multipart
                 .upload(&self.remote, object, first, parts)
@@ -216,34 +221,17 @@ impl Store for S3 {
     fn stat<'a>(&'a self, key: &'a str) -> Pending<'a, (String, Option<i64>)> {
         Box::pin(async move {
             let object = self.object(key);
-            let action = |remote: &Remote| {
-                let head = remote
-                    .bucket
-                    .head_object(Some(&remote.credentials), &object);
-                (head.sign(EXPIRY), HeaderMap::new())
-            };
-            let answer = self
-                .remote
-                .send(Method::HEAD, &action, Bytes::new(), ANSWER)
-                .await?;
-            Ok((entity_tag(&answer)?, file_time(&answer)))
+            let ask = Ask::new(Method::HEAD, Some(&object), &[]);
+            let answer = self.remote.send(&ask).await?;
+            Ok((plain_tag(&entity_tag(&answer)?), file_time(&answer)))
         })
     }
 
     fn delete<'a>(&'a self, key: &'a str) -> Pending<'a, ()> {
         Box::pin(async move {
             let object = self.object(key);
-            let action = |remote: &Remote| {
-                let delete = remote
-                    .bucket
-                    .delete_object(Some(&remote.credentials), &object);
-                (delete.sign(EXPIRY), HeaderMap::new())
-            };
-            let deleted = self
-                .remote
-                .send(Method::DELETE, &action, Bytes::new(), ANSWER)
-                .await;
-            match deleted {
+            let ask = Ask::new(Method::DELETE, Some(&object), &[]);
+            match self.remote.send(&ask).await {
                 Ok(_) | Err(StoreError::NotFound) => Ok(()),
                 Err(error) => Err(error),
             }
@@ -259,13 +247,12 @@ impl Store for S3 {
                     removed += 1;
                 }
             }
-            for upload in uploads::list(&self.remote, &self.prefix).await? {
+            for upload in uploads::list(&self.remote, &self.remote.prefix).await? {
                 if upload.is_older(uploads_before) {
-                    let action =
-                        |remote: &Remote| uploads::abort(remote, &upload.object, &upload.id);
+                    let query = [("uploadId", upload.id.as_str())];
                     let aborted = self
                         .remote
-                        .send(Method::DELETE, &action, Bytes::new(), ANSWER)
+                        .send(&uploads::abort(&upload.object, &query))
                         .await;
                     match aborted {
                         Ok(_) | Err(StoreError::NotFound) => removed += 1,

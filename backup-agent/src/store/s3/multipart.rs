@@ -1,17 +1,20 @@
 //! Uploads in parts, several of them on their way at once. One that is neither completed nor aborted costs its owner money:
 //! those of this run are remembered until then. Those that a killed run left behind are for a prune to find.
 
-use std::sync::{Arc, Mutex};
+use std::{
+    fmt::Write,
+    sync::{Arc, Mutex},
+};
 
-use hyper::{HeaderMap, Method, body::Bytes, header::HeaderName};
-use rusty_s3::{S3Action, actions::CreateMultipartUpload};
+use hyper::{Method, body::Bytes};
 use tokio::{sync::mpsc, task::JoinSet};
 
 use super::{
-    remote::{ANSWER, CONTENT_MD5, EXPIRY, Remote, checksum, entity_tag, header_value},
-    uploads,
+    refusal::failure,
+    remote::{Ask, Remote, WRONG_FORM},
+    uploads, xml,
 };
-use crate::store::{Part, StoreError};
+use crate::store::{Part, StoreError, http::Response};
 
 /// Multipart uploads begun and neither completed nor aborted: object and upload id.
 #[derive(Default)]
@@ -69,11 +72,9 @@ impl Multipart {
             Err(_) => return Ok(()),
         };
         for (object, upload_id) in open {
-            let action = |remote: &Remote| uploads::abort(remote, &object, &upload_id);
+            let query = [("uploadId", upload_id.as_str())];
             // One try: there is no time for more, and the next prune removes the rest.
-            remote
-                .attempt(Method::DELETE, &action, Bytes::new(), ANSWER)
-                .await?;
+            remote.attempt(&uploads::abort(&object, &query)).await?;
         }
         Ok(())
     }
@@ -85,21 +86,21 @@ impl Multipart {
     }
 }
 
+/// What this child of an answer's document says; services differ in what they call the document. S3 may answer 200 and
+/// then find an error, which comes in its place.
+fn said(answer: &Response, child: &str) -> Result<String, StoreError> {
+    let root = xml::parse(&answer.body).ok_or(WRONG_FORM)?;
+    match root.text(child) {
+        Some(text) if root.name != "Error" => Ok(text.to_owned()),
+        _ => Err(failure(&root).unwrap_or(WRONG_FORM)),
+    }
+}
+
 async fn create(remote: &Remote, object: &str) -> Result<String, StoreError> {
-    let action = |remote: &Remote| {
-        let create = remote
-            .bucket
-            .create_multipart_upload(Some(&remote.credentials), object);
-        (create.sign(EXPIRY), HeaderMap::new())
-    };
-    let upload_id = remote
-        .send_and(Method::POST, &action, Bytes::new(), ANSWER, |answer| {
-            let text = std::str::from_utf8(&answer.body).ok()?;
-            let parsed = CreateMultipartUpload::parse_response(text).ok()?;
-            Some(parsed.upload_id().to_owned())
-        })
-        .await?;
-    Ok(upload_id)
+    let ask = Ask::new(Method::POST, Some(object), &[("uploads", "")]);
+    remote
+        .send_and(&ask, |answer| said(answer, "UploadId"))
+        .await
 }
 
 async fn put_part(
@@ -109,21 +110,14 @@ async fn put_part(
     number: usize,
     bytes: Bytes,
 ) -> Result<String, StoreError> {
-    let number = u16::try_from(number + 1)
-        .map_err(|_| StoreError::Protocol("the object has too many parts"))?;
-    let sum = checksum(&bytes);
-    let headers =
-        HeaderMap::from_iter([(HeaderName::from_static(CONTENT_MD5), header_value(&sum)?)]);
-    let action = |remote: &Remote| {
-        let credentials = Some(&remote.credentials);
-        let mut put = remote
-            .bucket
-            .upload_part(credentials, object, number, upload_id);
-        put.headers_mut().insert(CONTENT_MD5, sum.as_str());
-        (put.sign(EXPIRY), headers.clone())
-    };
-    let answer = remote.send(Method::PUT, &action, bytes, ANSWER).await?;
-    entity_tag(&answer)
+    /// S3 takes no more.
+    const MOST: usize = 10_000;
+    if number >= MOST {
+        return Err(StoreError::Protocol("the object has too many parts"));
+    }
+    let number = (number + 1).to_string();
+    let query = [("partNumber", number.as_str()), ("uploadId", upload_id)];
+    remote.put(object, &query, bytes, None).await
 }
 
 async fn complete(
@@ -132,38 +126,27 @@ async fn complete(
     upload_id: &str,
     tags: &[String],
 ) -> Result<(), StoreError> {
-    let (bucket, credentials) = (&remote.bucket, Some(&remote.credentials));
-    let tags = || tags.iter().map(String::as_str);
-    let body = bucket
-        .complete_multipart_upload(credentials, object, upload_id, tags())
-        .body();
-    let action = |remote: &Remote| {
-        let credentials = Some(&remote.credentials);
-        let complete =
-            remote
-                .bucket
-                .complete_multipart_upload(credentials, object, upload_id, tags());
-        (complete.sign(EXPIRY), HeaderMap::new())
+    let mut body = String::from("<CompleteMultipartUpload>");
+    for (number, tag) in (1..).zip(tags) {
+        let tag = xml::escape(tag);
+        let _ = write!(
+            body,
+            "<Part><ETag>{tag}</ETag><PartNumber>{number}</PartNumber></Part>"
+        );
+    }
+    body.push_str("</CompleteMultipartUpload>");
+    let query = [("uploadId", upload_id)];
+    let ask = Ask {
+        body: body.into(),
+        ..Ask::new(Method::POST, Some(object), &query)
     };
-    let done = remote
-        .send_and(Method::POST, &action, body.into(), ANSWER, |answer| {
-            let text = std::str::from_utf8(&answer.body).ok()?;
-            text.contains("<CompleteMultipartUploadResult")
-                .then_some(())
-        })
-        .await;
-    match done {
+    let parse = |answer: &Response| said(answer, "ETag").map(drop);
+    match remote.send_and(&ask, parse).await {
         // No such upload: an earlier try completed it and its answer was lost. The layer is read back by its sha256
         // before it is ever used, so its being there is all that matters here.
         Err(StoreError::NotFound) => {
-            let action = |remote: &Remote| {
-                let head = remote.bucket.head_object(Some(&remote.credentials), object);
-                (head.sign(EXPIRY), HeaderMap::new())
-            };
-            remote
-                .send(Method::HEAD, &action, Bytes::new(), ANSWER)
-                .await?;
-            Ok(())
+            let head = Ask::new(Method::HEAD, Some(object), &[]);
+            remote.send(&head).await.map(drop)
         }
         other => other,
     }

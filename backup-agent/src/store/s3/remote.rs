@@ -6,14 +6,18 @@ use base64::{Engine, prelude::BASE64_STANDARD};
 use hyper::{
     HeaderMap, Method,
     body::Bytes,
-    header::{CONTENT_RANGE, ETAG, HeaderName, HeaderValue, RETRY_AFTER},
+    header::{CONTENT_RANGE, ETAG, HeaderName, HeaderValue, RANGE},
 };
-use jiff::{Timestamp, fmt::rfc2822::DateTimeParser};
+use jiff::Timestamp;
 use md5::{Digest, Md5};
-use rusty_s3::{Bucket, Credentials, S3Action};
+use rusty_s3::{Bucket, Credentials, signing::sign};
 use tokio::time::Instant;
-use url::Url;
+use url::{Position, Url};
 
+use super::{
+    listing,
+    refusal::{code, is_web_page, refusal},
+};
 use crate::store::{
     StoreError,
     http::{Http, Response},
@@ -21,14 +25,46 @@ use crate::store::{
 };
 
 /// Validity of a signature: longer than the longest attempt, shorter than anyone needs to replay it.
-pub const EXPIRY: Duration = Duration::from_mins(15);
+const EXPIRY: Duration = Duration::from_mins(15);
 /// Largest answer that is not an object: a page of a listing has at most 1,000 keys of at most 1 KiB, each in XML.
 pub const ANSWER: usize = 4 << 20;
 
-/// Signs a request: its address and headers.
-pub type Action<'a> = dyn Fn(&Remote) -> (Url, HeaderMap) + Sync + 'a;
+pub const WRONG_FORM: StoreError =
+    StoreError::Protocol("it is not of the form that S3 gives it; check RUNTIME_S3_ENDPOINT");
 
-const WRONG_FORM: StoreError = StoreError::Protocol("it is not of the form that S3 gives it");
+/// A request before it is signed.
+pub struct Ask<'a> {
+    pub method: Method,
+    /// None of a request to the bucket itself.
+    pub object: Option<&'a str>,
+    /// In the order of their names.
+    pub query: &'a [(&'a str, &'a str)],
+    /// Signed, with names in lower case and in their order.
+    pub headers: &'a [(&'a str, &'a str)],
+    /// Not signed: a proxy may ask for more than was asked of it.
+    pub range: Option<HeaderValue>,
+    pub body: Bytes,
+    /// Largest body of an answer.
+    pub limit: usize,
+}
+
+impl<'a> Ask<'a> {
+    pub fn new(method: Method, object: Option<&'a str>, query: &'a [(&'a str, &'a str)]) -> Self {
+        Self {
+            method,
+            object,
+            query,
+            headers: &[],
+            range: None,
+            body: Bytes::new(),
+            limit: ANSWER,
+        }
+    }
+
+    pub fn get(object: Option<&'a str>, query: &'a [(&'a str, &'a str)]) -> Self {
+        Self::new(Method::GET, object, query)
+    }
+}
 
 /// What requests need, shared with the tasks that send parts.
 pub struct Remote {
@@ -36,97 +72,152 @@ pub struct Remote {
     pub bucket: Bucket,
     pub credentials: Credentials,
     pub deadline: Instant,
+    /// What every key begins with; credentials may be limited to it.
+    pub prefix: String,
+    /// The endpoint's path ends in the bucket's name, to which the bucket is added.
+    pub may_name_bucket_twice: bool,
 }
 
 impl Remote {
-    /// One attempt of a request; `action` signs it afresh, as signatures age while we wait.
-    pub async fn attempt(
-        &self,
-        method: Method,
-        action: &Action<'_>,
-        body: Bytes,
-        limit: usize,
-    ) -> Result<Response, StoreError> {
-        let (url, headers) = action(self);
-        let answer = self.http.send(method, &url, headers, body, limit).await?;
+    /// One attempt of a request. It is signed afresh, as signatures age while we wait.
+    pub async fn attempt(&self, ask: &Ask<'_>) -> Result<Response, StoreError> {
+        let answer = self.exchange(ask).await?;
         if answer.status.is_success() {
-            Ok(answer)
-        } else {
-            Err(refusal(&answer))
+            // A range may be of a page that somebody keeps; whatever is kept has a tag.
+            let is_object = ask.range.is_some() && answer.headers.contains_key(ETAG);
+            if is_web_page(&answer) && !is_object {
+                return Err(self.not_s3("it answers with a web page"));
+            }
+            return Ok(answer);
+        }
+        match refusal(&answer) {
+            StoreError::NotFound if ask.object.is_none() => Err(self.no_bucket(&answer)),
+            StoreError::NotFound if code(&answer).is_empty() || self.may_name_bucket_twice => {
+                self.check_bucket().await.and(Err(StoreError::NotFound))
+            }
+            error => Err(error),
         }
     }
 
+    /// Finds out whether there is such a bucket: only then is an object absent of which the service says nothing.
+    async fn check_bucket(&self) -> Result<(), StoreError> {
+        let prefix = self.prefix.as_str();
+        let query = [("list-type", "2"), ("max-keys", "1"), ("prefix", prefix)];
+        let answer = self.exchange(&Ask::get(None, &query)).await?;
+        match answer.status.as_u16() {
+            200 if is_web_page(&answer) => Err(self.not_s3("it answers with a web page")),
+            200 => listing::root(&answer.body, self.bucket.name()).map(drop),
+            _ => match refusal(&answer) {
+                StoreError::NotFound => Err(self.no_bucket(&answer)),
+                error => Err(error),
+            },
+        }
+    }
+
+    /// The error of a 404 about the bucket itself.
+    fn no_bucket(&self, answer: &Response) -> StoreError {
+        if self.may_name_bucket_twice && !code(answer).is_empty() {
+            return StoreError::BucketTwice(self.bucket.name().to_owned());
+        }
+        self.not_s3("it answers 404 to a listing of the bucket")
+    }
+
+    fn not_s3(&self, what: &'static str) -> StoreError {
+        let url = self.bucket.base_url();
+        StoreError::NotS3 {
+            place: url[..Position::AfterPort].to_owned(),
+            what,
+        }
+    }
+
+    async fn exchange(&self, ask: &Ask<'_>) -> Result<Response, StoreError> {
+        let method = match ask.method {
+            Method::PUT => rusty_s3::Method::Put,
+            Method::POST => rusty_s3::Method::Post,
+            Method::HEAD => rusty_s3::Method::Head,
+            Method::DELETE => rusty_s3::Method::Delete,
+            _ => rusty_s3::Method::Get,
+        };
+        let url: Url = sign(
+            &Timestamp::now(),
+            method,
+            match ask.object {
+                Some(object) => self.bucket.object_url(object),
+                None => self.bucket.base_url().clone(),
+            },
+            self.credentials.key(),
+            self.credentials.secret(),
+            self.credentials.token(),
+            self.bucket.region(),
+            EXPIRY.as_secs(),
+            ask.query.iter().copied(),
+            ask.headers.iter().copied(),
+        );
+        let mut headers = HeaderMap::new();
+        for (name, value) in ask.headers {
+            let name = HeaderName::from_bytes(name.as_bytes())
+                .map_err(|_| StoreError::Protocol("a header cannot be sent"))?;
+            headers.insert(name, header_value(value)?);
+        }
+        if let Some(range) = &ask.range {
+            headers.insert(RANGE, range.clone());
+        }
+        let (method, body) = (ask.method.clone(), ask.body.clone());
+        self.http.send(method, &url, headers, body, ask.limit).await
+    }
+
     /// A request that is tried again while the failure is transient.
-    pub async fn send(
-        &self,
-        method: Method,
-        action: &Action<'_>,
-        body: Bytes,
-        limit: usize,
-    ) -> Result<Response, StoreError> {
-        self.send_until(method, action, body, limit, &|_| true)
-            .await
+    pub async fn send(&self, ask: &Ask<'_>) -> Result<Response, StoreError> {
+        self.send_until(ask, &|_| Ok(())).await
     }
 
     /// The same, where an answer that `parse` cannot use counts as a failure too: S3 may answer 200 and then an error.
     pub async fn send_and<T>(
         &self,
-        method: Method,
-        action: &Action<'_>,
-        body: Bytes,
-        limit: usize,
-        parse: impl Fn(&Response) -> Option<T> + Sync,
+        ask: &Ask<'_>,
+        parse: impl Fn(&Response) -> Result<T, StoreError> + Sync,
     ) -> Result<T, StoreError> {
-        let is_right = |answer: &Response| parse(answer).is_some();
-        let answer = self.send_until(method, action, body, limit, &is_right);
-        parse(&answer.await?).ok_or(WRONG_FORM)
+        let is_right = |answer: &Response| parse(answer).map(drop);
+        parse(&self.send_until(ask, &is_right).await?)
     }
 
     /// One function for all requests: the compiler would make a copy of it for each.
     async fn send_until(
         &self,
-        method: Method,
-        action: &Action<'_>,
-        body: Bytes,
-        limit: usize,
-        is_right: &(dyn Fn(&Response) -> bool + Sync),
+        ask: &Ask<'_>,
+        is_right: &(dyn Fn(&Response) -> Result<(), StoreError> + Sync),
     ) -> Result<Response, StoreError> {
         retry(self.deadline, || async {
-            let answer = self.attempt(method.clone(), action, body.clone(), limit);
-            let answer = answer.await?;
-            is_right(&answer).then_some(answer).ok_or(WRONG_FORM)
+            let answer = self.attempt(ask).await?;
+            is_right(&answer).map(|()| answer)
         })
         .await
     }
 
+    /// Writes an object, or a part of one, and gives its tag: whoever took the bytes has one for them.
     pub async fn put(
         &self,
         object: &str,
+        query: &[(&str, &str)],
         bytes: Bytes,
-        condition: Option<(&'static str, &str)>,
-    ) -> Result<Response, StoreError> {
+        condition: Option<(&str, &str)>,
+    ) -> Result<String, StoreError> {
         let sum = checksum(&bytes);
-        let mut headers = HeaderMap::new();
-        headers.insert(HeaderName::from_static(CONTENT_MD5), header_value(&sum)?);
-        if let Some((name, value)) = condition {
-            headers.insert(HeaderName::from_static(name), header_value(value)?);
-        }
-        let action = |remote: &Self| {
-            let mut put = remote.bucket.put_object(Some(&remote.credentials), object);
-            put.headers_mut().insert(CONTENT_MD5, sum.as_str());
-            if let Some((name, value)) = condition {
-                put.headers_mut().insert(name, value);
-            }
-            (put.sign(EXPIRY), headers.clone())
+        let mut headers = vec![(CONTENT_MD5, sum.as_str())];
+        headers.extend(condition);
+        let ask = Ask {
+            headers: &headers,
+            body: bytes,
+            ..Ask::new(Method::PUT, Some(object), query)
         };
-        self.send(Method::PUT, &action, bytes, ANSWER).await
+        entity_tag(&self.send(&ask).await?)
     }
 }
 
 /// The body's own checksum, which every S3 service compares with what arrived.
-pub const CONTENT_MD5: &str = "content-md5";
+const CONTENT_MD5: &str = "content-md5";
 
-pub fn checksum(bytes: &[u8]) -> String {
+fn checksum(bytes: &[u8]) -> String {
     BASE64_STANDARD.encode(Md5::digest(bytes))
 }
 
@@ -146,14 +237,24 @@ pub fn entity_tag(answer: &Response) -> Result<String, StoreError> {
         .headers
         .get(ETAG)
         .and_then(|value| value.to_str().ok());
-    tag.map(str::to_owned)
-        .ok_or(StoreError::Protocol("it has no ETag"))
+    tag.map(str::to_owned).ok_or(StoreError::Protocol(
+        "it has no ETag, as S3 gives it; check RUNTIME_S3_ENDPOINT",
+    ))
 }
 
-/// Size of the whole object that a range came from: `Content-Range: bytes 0-9/100`.
-pub fn whole_size(answer: &Response) -> Option<u64> {
+/// A tag without quotes and without the mark of a weak one: services and proxies differ in both.
+pub fn plain_tag(tag: &str) -> String {
+    let tag = tag.trim();
+    let tag = tag.strip_prefix("W/").unwrap_or(tag);
+    tag.trim_matches('"').to_owned()
+}
+
+/// The bytes that a range is of: first, last, and the size of the object where it is known: `bytes 0-9/100`.
+pub fn content_range(answer: &Response) -> Option<(u64, u64, Option<u64>)> {
     let range = answer.headers.get(CONTENT_RANGE)?.to_str().ok()?;
-    range.rsplit_once('/')?.1.parse().ok()
+    let (bytes, size) = range.trim().strip_prefix("bytes")?.split_once('/')?;
+    let (first, last) = bytes.trim().split_once('-')?;
+    Some((first.parse().ok()?, last.parse().ok()?, size.parse().ok()))
 }
 
 /// Where the tools that copy files to S3 keep a file's time (rclone, s3fs): seconds since 1970, with or without a fraction.
@@ -174,93 +275,15 @@ fn parse_time(text: &str) -> Option<i64> {
         .checked_add(i64::from(nanos))
 }
 
-/// The error that an unsuccessful answer stands for.
-fn refusal(answer: &Response) -> StoreError {
-    let text = String::from_utf8_lossy(&answer.body);
-    let code = text
-        .split_once("<Code>")
-        .and_then(|(_, rest)| rest.split_once("</Code>"))
-        .map(|(code, _)| code)
-        .filter(|code| code.len() <= 64 && code.bytes().all(|b| b.is_ascii_alphanumeric()))
-        .unwrap_or_default();
-    match (answer.status.as_u16(), code) {
-        // A missing bucket is a wrong setting, not an empty store.
-        (404, code) if code != "NoSuchBucket" => StoreError::NotFound,
-        (412, _) => StoreError::Conflict,
-        (status, code) => StoreError::Status {
-            status,
-            code: code.to_owned(),
-            retry_after: answer
-                .headers
-                .get(RETRY_AFTER)
-                .and_then(|value| wish(value.to_str().ok()?)),
-        },
-    }
-}
-
-/// How long a `Retry-After` says to wait: a number of seconds, or until a date (RFC 9110, section 10.2.3). One that has
-/// passed is no wish.
-fn wish(text: &str) -> Option<Duration> {
-    let wait = if let Ok(seconds) = text.parse() {
-        Duration::from_secs(seconds)
-    } else {
-        let until = DateTimeParser::new().parse_timestamp(text).ok()?;
-        until.duration_since(Timestamp::now()).try_into().ok()?
-    };
-    (!wait.is_zero()).then_some(wait)
-}
-
 #[cfg(test)]
 mod tests {
-    use hyper::StatusCode;
-
     use super::*;
 
-    fn answer(status: u16, body: &str) -> Response {
-        Response {
-            status: StatusCode::from_u16(status).expect("a status"),
-            headers: HeaderMap::from_iter([(RETRY_AFTER, HeaderValue::from_static("7"))]),
-            body: Bytes::copy_from_slice(body.as_bytes()),
+    #[test]
+    fn tags_are_compared_without_what_services_put_around_them() {
+        for tag in ["\"abc\"", "W/\"abc\"", "abc", " \"abc\" "] {
+            assert_eq!(plain_tag(tag), "abc", "{tag}");
         }
-    }
-
-    #[test]
-    fn answers_become_the_errors_they_stand_for() {
-        let busy = refusal(&answer(503, "<Error><Code>SlowDown</Code></Error>"));
-        assert_eq!(busy.to_string(), "the service answered 503 SlowDown");
-        assert!(
-            matches!(busy, StoreError::Status { retry_after: Some(wait), .. } if wait.as_secs() == 7)
-        );
-        assert!(matches!(refusal(&answer(412, "")), StoreError::Conflict));
-        assert!(matches!(
-            refusal(&answer(404, "<Code>NoSuchKey</Code>")),
-            StoreError::NotFound
-        ));
-        assert!(matches!(
-            refusal(&answer(404, "<Code>NoSuchBucket</Code>")),
-            StoreError::Status { status: 404, .. }
-        ));
-    }
-
-    #[test]
-    fn a_wish_to_wait_is_a_number_or_a_date() {
-        assert_eq!(wish("7"), Some(Duration::from_secs(7)));
-        assert_eq!(wish("Sun, 06 Nov 1994 08:49:37 GMT"), None);
-        assert_eq!(wish("0"), None);
-        let soon = Timestamp::now() + Duration::from_mins(1);
-        let soon = soon.strftime("%a, %d %b %Y %H:%M:%S GMT").to_string();
-        let wait = wish(&soon).expect("it is a date").as_secs();
-        assert!((50..=60).contains(&wait), "{wait}");
-        assert_eq!(wish("soon"), None);
-    }
-
-    #[test]
-    fn prose_of_the_service_is_not_repeated() {
-        let error = refusal(&answer(403, "<Code>a b&amp;c</Code> X-Amz-Signature=abc"));
-        assert_eq!(
-            error.to_string(),
-            "the service answered 403; check the S3 credentials, what they may do, and this machine's clock"
-        );
     }
 
     #[test]

@@ -1,78 +1,54 @@
-//! Uploads in parts that nobody completed: the one request of ours that rusty-s3 does not have.
+//! Uploads in parts that nobody completed.
 
-use hyper::{HeaderMap, Method, body::Bytes};
-use instant_xml::FromXml;
+use hyper::Method;
 use jiff::Timestamp;
-use rusty_s3::{S3Action, actions::AbortMultipartUpload, signing::sign};
-use url::Url;
 
-use super::remote::{ANSWER, EXPIRY, Remote};
-use crate::{snapshot::id, store::StoreError};
-
-/// A page of `ListMultipartUploads`: a thousand uploads, those of the first keys. The next run sees what is behind them.
-#[derive(FromXml)]
-#[xml(
-    rename = "ListMultipartUploadsResult",
-    ns("http://s3.amazonaws.com/doc/2006-03-01/")
-)]
-struct Page {
-    uploads: Vec<Upload>,
-}
+use super::{
+    refusal::failure,
+    remote::{Ask, Remote, WRONG_FORM},
+    xml,
+};
+use crate::{
+    snapshot::id,
+    store::{StoreError, http::Response},
+};
 
 /// An upload that was begun and neither completed nor aborted.
-#[derive(FromXml)]
-#[xml(rename = "Upload", ns("http://s3.amazonaws.com/doc/2006-03-01/"))]
 pub struct Upload {
-    #[xml(rename = "Key")]
     pub object: String,
-    #[xml(rename = "UploadId")]
     pub id: String,
-    #[xml(rename = "Initiated")]
-    initiated: Option<String>,
+    initiated: Option<Timestamp>,
 }
 
 impl Upload {
     pub fn is_older(&self, than: Timestamp) -> bool {
-        let begun = self.initiated.as_deref().and_then(id::time);
-        begun.is_some_and(|begun| begun < than)
+        self.initiated.is_some_and(|begun| begun < than)
     }
 }
 
-/// Open uploads of objects whose keys begin so.
+/// Open uploads of objects whose keys begin so: a thousand, those of the first keys. The next run sees what is behind them.
 pub async fn list(remote: &Remote, prefix: &str) -> Result<Vec<Upload>, StoreError> {
-    let action = |remote: &Remote| (address(remote, prefix), HeaderMap::new());
-    let parse = |body: &Bytes| {
-        let page: Page = instant_xml::from_str(std::str::from_utf8(body).ok()?).ok()?;
-        Some(page.uploads)
+    let query = [("prefix", prefix), ("uploads", "")];
+    let parse = |answer: &Response| {
+        let root = xml::parse(&answer.body).ok_or(WRONG_FORM)?;
+        if let Some(error) = failure(&root) {
+            return Err(error);
+        }
+        let uploads = root.all("Upload").map(|upload| {
+            Some(Upload {
+                object: upload.text("Key")?.to_owned(),
+                id: upload.text("UploadId")?.to_owned(),
+                initiated: upload.text("Initiated").and_then(id::time),
+            })
+        });
+        uploads.collect::<Option<Vec<Upload>>>().ok_or(WRONG_FORM)
     };
-    let mut uploads = remote
-        .send_and(Method::GET, &action, Bytes::new(), ANSWER, |answer| {
-            parse(&answer.body)
-        })
-        .await?;
+    let mut uploads = remote.send_and(&Ask::get(None, &query), parse).await?;
     uploads.retain(|upload| upload.object.starts_with(prefix));
     Ok(uploads)
 }
 
-fn address(remote: &Remote, prefix: &str) -> Url {
-    let (bucket, credentials) = (&remote.bucket, &remote.credentials);
-    sign(
-        &Timestamp::now(),
-        rusty_s3::Method::Get,
-        bucket.base_url().clone(),
-        credentials.key(),
-        credentials.secret(),
-        credentials.token(),
-        bucket.region(),
-        EXPIRY.as_secs(),
-        [("prefix", prefix), ("uploads", "")].into_iter(),
-        std::iter::empty(),
-    )
-}
-
-/// The request that aborts one.
-pub fn abort(remote: &Remote, object: &str, upload_id: &str) -> (Url, HeaderMap) {
-    let (bucket, credentials) = (&remote.bucket, Some(&remote.credentials));
-    let abort = AbortMultipartUpload::new(bucket, credentials, object, upload_id);
-    (abort.sign(EXPIRY), HeaderMap::new())
+/// The request that aborts one; `query` names its id.
+pub fn abort<'a>(object: &'a str, query: &'a [(&'a str, &'a str)]) -> Ask<'a> {
+    Ask::new(Method::DELETE, Some(object), query)
 }
