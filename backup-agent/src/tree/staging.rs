@@ -112,10 +112,10 @@ impl Work {
     /// Keeps other restores of the same root away, as long as this is open; `false`: one is under way.
     fn lock(&self) -> Result<bool, Error> {
         match flock(&self.fd, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => Ok(true),
             Err(rustix::io::Errno::WOULDBLOCK) => Ok(false),
-            // A file system without locks. The lock of the state folder is there, too.
-            Err(
+            // Or a file system without locks. The lock of the state folder is there, too.
+            Ok(())
+            | Err(
                 rustix::io::Errno::NOLCK
                 | rustix::io::Errno::NOTSUP
                 | rustix::io::Errno::INVAL

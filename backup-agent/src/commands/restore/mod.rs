@@ -3,29 +3,30 @@
 //! The tree grows beside the root, every hash is checked on the way, and only a complete one takes the root's place. A try
 //! that ran out of time leaves what it has to the next one. Run by a runtime, the restore also claims the head: from then on the writer before it is fenced.
 
+mod ask;
 mod keep;
+mod replace;
 
-use std::{
-    fs,
-    io::{IsTerminal, stderr, stdin},
-    path::Path,
-    time::Instant,
-};
+use std::{fs, path::Path, time::Instant};
 
 use serde_json::json;
 
-use self::keep::{is_continued, is_there_already};
+use self::{
+    ask::ask,
+    keep::{is_continued, is_there_already},
+    replace::{New, fill_target, keep_or_give_up, replace_root, stage},
+};
 use super::{
     Answer,
     choose::{choose, no_snapshot, seen},
     claim::{claim, hold, take_over, trust},
     describe, human_bytes,
-    unpack::{Unpacked, fetch_indexes, reindex, restamp, unpack},
+    unpack::{Unpacked, fetch_indexes, reindex, unpack},
 };
 use crate::{
     cli::Restore,
     config::Config,
-    error::{Chain, Error},
+    error::Error,
     interrupt::Finality,
     local_index::Trust,
     log,
@@ -42,8 +43,6 @@ use crate::{
         old::Old,
         root::{RootId, settle},
         scan::open_root,
-        staging::Staging,
-        users::users,
     },
 };
 
@@ -121,60 +120,6 @@ pub async fn run(
     })
 }
 
-/// Asks a person at a terminal before the root is replaced. A script is not asked: it knows what it does. But neither knows
-/// what others do in the root.
-async fn ask(config: &Config, record: &Record) -> Result<(), Error> {
-    let root = &config.root;
-    let is_empty = fs::read_dir(root).map_or(true, |mut found| found.next().is_none());
-    if is_empty {
-        return Ok(());
-    }
-    let found = root.clone();
-    let users = tokio::task::spawn_blocking(move || users(&found)).await;
-    let users = users.map_err(|_| Error::Internal("look at processes"))?;
-    if let Some(doubt) = users.doubt.filter(|_| users.named.is_empty()) {
-        log::warn(
-            "cannot tell of every process whether it uses the root",
-            &[("error", doubt.to_string().into())],
-        );
-    }
-    let users = users.named.join(", ");
-    if !stdin().is_terminal() || !stderr().is_terminal() {
-        return if users.is_empty() {
-            Ok(())
-        } else {
-            Err(Error::InUse {
-                root: root.clone(),
-                reason: format!(
-                    "it is in use by {users}, and what they write meanwhile would be lost; stop them, or pass --yes"
-                ),
-            })
-        };
-    }
-    if !users.is_empty() {
-        eprintln!("It is in use by {users}. What they write meanwhile is lost: stop them first.");
-    }
-    eprint!(
-        "This replaces everything in {} with snapshot {} of {}: {} files, {}.\n\
-         `restore --dry-run` shows the differences. Replace it? [y/N] ",
-        root.display(),
-        record.id,
-        record.time,
-        record.totals.files,
-        human_bytes(record.totals.bytes),
-    );
-    let answer = tokio::task::spawn_blocking(|| {
-        let mut line = String::new();
-        stdin().read_line(&mut line).map(|_| line)
-    });
-    let line = answer.await.map_err(|_| Error::Internal("question"))?;
-    let line = line.map_err(Error::local("read", "the answer"))?;
-    match line.trim() {
-        "y" | "Y" | "yes" => Ok(()),
-        _ => Err(Error::Declined),
-    }
-}
-
 async fn to_target(
     config: &Config,
     store: &dyn Store,
@@ -204,50 +149,10 @@ async fn to_target(
     };
     let unpacked = unpacked.await;
     let (staging, unpacked) = keep_or_give_up(staging, unpacked).await?;
-    last.reach();
-    let (staging, filled) = on_thread(staging, Staging::fill).await?;
-    let (staging, ()) = keep_or_give_up(staging, filled).await?;
     Ok(Done {
-        warning: staging.finish(last).await,
+        warning: fill_target(staging, last).await?,
         ..Done::new(&record, unpacked)
     })
-}
-
-/// Opens the working directory of a root or a target, on a thread: much may have to be looked at there.
-async fn stage(root: &Path, config: &Config, source: Option<String>) -> Result<Staging, Error> {
-    let (root, identity) = (root.to_owned(), config.identity);
-    let staging = tokio::task::spawn_blocking(move || Staging::open(&root, identity, source));
-    staging
-        .await
-        .map_err(|_| Error::Internal("root's thread"))?
-}
-
-/// Does file work of the swap on a thread. It is done to its end, whatever becomes of who waits for it.
-async fn on_thread<T: Send + 'static>(
-    staging: Staging,
-    work: fn(&Staging) -> Result<T, Error>,
-) -> Result<(Staging, Result<T, Error>), Error> {
-    let done = tokio::task::spawn_blocking(move || {
-        let done = work(&staging);
-        (staging, done)
-    });
-    done.await.map_err(|_| Error::Internal("root's thread"))
-}
-
-/// Where the store did not answer, the next try goes on with what was unpacked, and half of two trees stays as it is. After any
-/// other failure the new tree would only take room on a disk that may be full.
-async fn keep_or_give_up<T>(
-    staging: Staging,
-    unpacked: Result<T, Error>,
-) -> Result<(Staging, T), Error> {
-    match unpacked {
-        Ok(unpacked) => Ok((staging, unpacked)),
-        Err(error @ (Error::Store { .. } | Error::RootHalf { .. })) => Err(error),
-        Err(error) => {
-            staging.give_up().await;
-            Err(error)
-        }
-    }
 }
 
 /// One round; `None` when the head moved while it ran.
@@ -325,54 +230,16 @@ async fn to_root(
     let Some(seen) = take_over(store, seen, &record, claimer).await? else {
         return Ok(None);
     };
-    let known = state.facts.clone();
-    state.forget_tree()?;
-    last.reach();
-    let (staging, replaced) = on_thread(staging, Staging::replace).await?;
-    if matches!(replaced, Err(ref error) if !matches!(error, Error::RootHalf { .. })) {
-        // The old tree is there, and all that is known of it holds.
-        state.facts = known;
-        state.save()?;
-    }
-    let (staging, are_moved) = keep_or_give_up(staging, replaced).await?;
-    if !is_quiet {
-        if are_moved {
-            restamp(config, state).await?;
-        }
-        state.keep_index()?;
-    }
-    hold(state, seen, claimer);
-    state.remember_tree(RootId::at(&config.root)?, Some(describe(&record)))?;
-    let mut warning = staging.finish(last).await;
-    if is_quiet && warning.is_none() {
-        // After the old tree is gone, of which files are part of the new one: that changes their stamps.
-        let index = async {
-            reindex(
-                config,
-                state,
-                &config.root,
-                &record,
-                &indexes,
-                Trust::Restored,
-            )
-            .await?;
-            state.keep_index()
-        };
-        match last.unless_hurried(index).await {
-            Some(Ok(())) => {
-                state.remember_tree(RootId::at(&config.root)?, Some(describe(&record)))?
-            }
-            Some(Err(error)) => {
-                warning = Some(format!(
-                    "the next backup compares contents: {}",
-                    Chain(&error)
-                ))
-            }
-            None => {}
-        }
-    }
+    let new = New {
+        record: &record,
+        indexes: &indexes,
+        is_quiet,
+    };
+    let warning = replace_root(config, state, staging, &new, last, |state| {
+        hold(state, seen, claimer);
+    });
     Ok(Some(Done {
-        warning,
+        warning: warning.await?,
         ..Done::new(&record, unpacked)
     }))
 }
