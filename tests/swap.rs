@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use e2e::agent::{Host, Outcome, Place, Running, boot_id};
 use e2e::mount::{Mount, mount, tmpfs};
-use e2e::s3::{Effect, Kind};
+use e2e::s3::{Effect, Fault, Kind};
 use e2e::tree::{self, Tree, describe, differences};
 
 /// The calls that change a directory, or make a change last.
@@ -589,4 +589,62 @@ fn the_removal_of_a_large_old_tree_holds_up_neither_a_signal_nor_the_answer() {
     assert!(warning.contains("the new tree is in place"), "{warning}");
     assert!(!case.host.leftovers().is_empty());
     case.assert_any_next_run_mends_it(1, "a removal that was cut short");
+}
+
+#[test]
+fn a_target_that_is_an_empty_mount_point_is_filled_also_by_a_second_try() {
+    let place = Place::memory();
+    let host = Host::new(&place);
+    for name in ["a/inner/file", "b"] {
+        tree::write(&host.root, name, tree::noise(1, 100_000));
+    }
+    let before = content(&host.root);
+    host.backup();
+    let target = host.folder.path().join("target");
+    let Some(_disk) = tmpfs(&target, "size=16m") else {
+        return;
+    };
+    let text = target.display().to_string();
+    place.s3().add(Fault {
+        kind: Kind::Get,
+        key: "layers/",
+        skip: 1,
+        times: 1,
+        effect: Effect::Stall,
+    });
+    let late = host.run(&["restore", "--target", &text, "--timeout", "2s"]);
+    let _ = late.expect(124);
+    assert!(target.join(".restoring").exists(), "for the next try");
+    place.s3().clear_faults();
+    let next = host.run(&["restore", "--target", &text]).expect(0);
+    let going_on = next.logged("going on with what an earlier restore has unpacked");
+    assert_eq!(going_on.len(), 1);
+    assert!(differences(&before, &content(&target)).is_empty());
+    assert!(!target.join(".restoring").exists());
+    // Not empty any more.
+    let _ = host.run(&["restore", "--target", &text]).expect(64);
+}
+
+/// A swap that was undone leaves nothing that a later one could take for its own.
+#[test]
+fn a_swap_after_one_that_was_undone_is_not_undone_by_what_is_left_of_it() {
+    let Some(mut case) = Case::new(Way::Moves) else {
+        return;
+    };
+    // The last step of going back fails: its folder stays.
+    let calls = "renameat2,rmdir,unlinkat";
+    let mut undone = 0;
+    for step in 1..20 {
+        let outcome = case.restore(calls, &format!("error=EIO:when={step}"), &[]);
+        undone += u32::from(outcome.code != Some(0));
+        for _ in 0..2 {
+            let _ = case
+                .host
+                .run(&["restore", &case.snapshot, "--yes"])
+                .expect(0);
+            assert!(case.is(&case.new), "step {step}");
+            case.renew();
+        }
+    }
+    assert!(undone > 0, "nothing was ever undone");
 }

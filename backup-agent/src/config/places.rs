@@ -16,9 +16,6 @@ use crate::tree::identity::Identity;
 /// As many as the kernel follows (`path_resolution(7)`).
 const MOST_LINKS: u32 = 40;
 
-/// What a restore calls its working directories. One of ours there would be removed as a leftover.
-pub const WORKING: &str = ".restoring";
-
 /// Names in the state folder that are the agent's own: an instance of a store there must not have one.
 const OWN_NAMES: [&str; 4] = ["import", "index", "lock", "state.json"];
 

@@ -16,7 +16,7 @@ use crate::{
     cli::{Backup, Flags},
     log,
     snapshot::retention::Policy,
-    tree::{exclude::Excludes, freeze::Freezer, identity::Identity},
+    tree::{exclude::Excludes, freeze::Freezer, identity::Identity, staging},
 };
 
 /// An identity to assume: root's own is none.
@@ -335,7 +335,7 @@ impl Source<'_> {
 }
 
 fn is_working_name() -> String {
-    let working = places::WORKING;
+    let working = staging::INSIDE;
     format!(
         "names that end in {working} are those of a restore's working folders, which it removes"
     )
@@ -344,7 +344,7 @@ fn is_working_name() -> String {
 /// The name of a working folder.
 fn is_working(name: &std::ffi::OsStr) -> bool {
     name.as_encoded_bytes()
-        .ends_with(places::WORKING.as_bytes())
+        .ends_with(staging::INSIDE.as_bytes())
 }
 
 #[cfg(test)]

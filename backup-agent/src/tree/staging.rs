@@ -237,8 +237,9 @@ impl Work {
         let before = fs::symlink_metadata(parent);
         // Not while a restore can still go on in it.
         let removed = unlinkat(CWD, &self.path, AtFlags::REMOVEDIR);
-        if let (Ok(()), Ok(before)) = (removed, before) {
-            // Inside of the root, this changes the time of the root.
+        let is_inside = self.path.file_name() == Some(INSIDE.as_ref());
+        if let (Ok(()), Ok(before), true) = (removed, before, is_inside) {
+            // That has changed the time of the root.
             let time = Timespec {
                 tv_sec: before.mtime(),
                 tv_nsec: before.mtime_nsec(),
@@ -352,6 +353,9 @@ impl Staging {
         }
         let work = Work::claim(&place(root, parent), root)?;
         swap::settle(&work, root)?;
+        // Another owner could not go on with it.
+        let owner = identity.map(|identity| (identity.uid.as_raw(), identity.gid.as_raw()));
+        let source = source.map(|source| format!("{source} for {owner:?}"));
         let path = work.path.join("new");
         let known = work.journal()?;
         let is_kept = |journal: &Journal| source.is_some() && journal.source == source;

@@ -136,7 +136,8 @@ pub fn fill(work: &Work, target: &Path) -> Result<(), Error> {
         // A mount point, or a lower layer of an overlay.
         Err(Errno::XDEV | Errno::BUSY) => {
             let swap = Swap::open(work, target, begin(work, target)?)?;
-            if names(&swap.root).map_err(swap.failed("list"))?.is_empty() {
+            let found = names(&swap.root).map_err(swap.failed("list"))?;
+            if found.iter().all(|name| swap.is_own(name)) {
                 swap.replace()
             } else {
                 swap.go_back()?;
@@ -181,8 +182,13 @@ fn begin(work: &Work, root: &Path) -> Result<Moves, Error> {
     let journal = work
         .journal()?
         .ok_or(Error::Internal("journal of the restore"))?;
-    // Before the journal says that moves have begun: without this folder it means that they have ended.
+    // Before the journal says that moves have begun: without the first of these folders it means that they have ended, and with
+    // the second one that they go back.
     work.folder(OLD)?;
+    match unlinkat(&work.fd, BACK, AtFlags::REMOVEDIR) {
+        Ok(()) | Err(rustix::io::Errno::NOENT) => {}
+        Err(error) => return Err(work.failed("remove a folder in")(error)),
+    }
     work.write(&Journal {
         moves: Some(moves.clone()),
         ..journal
@@ -198,13 +204,15 @@ fn as_name(path: &Path) -> Result<CString, Error> {
 /// Finishes or undoes what an earlier run has begun, and discards what is left of it.
 pub fn settle(work: &Work, root: &Path) -> Result<Settled, Error> {
     let Some(journal) = work.journal()? else {
-        return if is_there(&work.fd, OLD).map_err(work.failed("look at"))? {
-            // A journal that was written to the disk has been lost or altered. The old tree is in there.
-            let error = io::Error::from(io::ErrorKind::InvalidData);
-            Err(Error::local("trust", &work.path)(error))
-        } else {
-            Ok(Settled::Nothing)
-        };
+        for name in [OLD, BACK] {
+            if is_there(&work.fd, name).map_err(work.failed("look at"))? {
+                // It had reached the disk before that folder was filled: it was lost or altered since.
+                let error = "its journal is lost, and its folders `old` and `back` may hold entries of the root; move those back, \
+                             then remove it";
+                return Err(Error::local("trust", &work.path)(io::Error::other(error)));
+            }
+        }
+        return Ok(Settled::Nothing);
     };
     if let Some(moves) = journal.moves {
         let is_back = is_there(&work.fd, BACK).map_err(work.failed("look at"))?;
@@ -484,7 +492,12 @@ fn carry(from: BorrowedFd<'_>, name: &CStr, to: BorrowedFd<'_>) -> Result<bool, 
         match unlinkat(from, name, AtFlags::REMOVEDIR) {
             Err(Errno::NOTEMPTY | Errno::EXIST) => {}
             Err(error) => return Err(error),
-            Ok(()) => return status.set(&made).map(|()| true).map_err(errno),
+            Ok(()) => {
+                let handed = status
+                    .set(&made)
+                    .and_then(|()| hand_over_attributes(inner.as_fd(), made.as_fd()));
+                return handed.map(|()| true).map_err(errno);
+            }
         }
     }
     Err(Errno::NOTEMPTY)

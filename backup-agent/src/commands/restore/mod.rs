@@ -43,6 +43,7 @@ use crate::{
         old::Old,
         root::{RootId, settle},
         scan::open_root,
+        staging,
     },
 };
 
@@ -129,7 +130,11 @@ async fn to_target(
     selection: Option<Selection>,
     last: &Finality,
 ) -> Result<Done, Error> {
-    match fs::read_dir(target).map(|mut entries| entries.next().is_some()) {
+    // An earlier try may have left its working directory there.
+    let is_other = |entry: std::io::Result<fs::DirEntry>| {
+        entry.map_or(true, |entry| entry.file_name() != staging::INSIDE)
+    };
+    match fs::read_dir(target).map(|mut entries| entries.any(is_other)) {
         Ok(true) => {
             let problem = format!("cannot use --target: {} is not empty", target.display());
             return Err(Error::Settings(vec![problem]));
