@@ -107,7 +107,10 @@ fn stall(
         }
         assert_same(&before.1, &describe(&host.root));
     }
-    assert_eq!(host.leftovers(), [""; 0], "{what}");
+    // The next restore goes on with what this one has unpacked.
+    let mut left = host.leftovers();
+    left.retain(|name| arguments != ["restore"] || name != ".root.restoring");
+    assert_eq!(left, [""; 0], "{what}");
     took
 }
 

@@ -38,10 +38,10 @@ pub struct Seen {
     pub etag: String,
 }
 
-/// Some services give the tag of one and the same content in several forms.
+/// Some services give the tag of one and the same content in several forms. Of a damaged head the tag is all there is.
 impl PartialEq for Seen {
     fn eq(&self, other: &Self) -> bool {
-        self.head == other.head
+        self.head == other.head && (!self.head.is_unreadable() || self.etag == other.etag)
     }
 }
 

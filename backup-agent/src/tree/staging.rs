@@ -12,6 +12,7 @@ use std::{
         unix::fs::MetadataExt,
     },
     path::{Path, PathBuf},
+    sync::atomic::{AtomicBool, Ordering},
     thread,
 };
 
@@ -233,9 +234,14 @@ impl Work {
     /// Removes what was discarded, and the directory when nothing else is in it.
     fn clear(&self) -> Result<(), Error> {
         remove_at(self.fd.as_fd(), GONE, &self.path)?;
+        self.leave();
+        Ok(())
+    }
+
+    /// Removes the directory, if it is empty: not while a restore can still go on in it.
+    fn leave(&self) {
         let parent = self.path.parent().unwrap_or(Path::new("/"));
         let before = fs::symlink_metadata(parent);
-        // Not while a restore can still go on in it.
         let removed = unlinkat(CWD, &self.path, AtFlags::REMOVEDIR);
         let is_inside = self.path.file_name() == Some(INSIDE.as_ref());
         if let (Ok(()), Ok(before), true) = (removed, before, is_inside) {
@@ -248,10 +254,9 @@ impl Work {
                 last_access: time,
                 last_modification: time,
             };
-            utimensat(CWD, parent, &times, AtFlags::SYMLINK_NOFOLLOW)
-                .map_err(Error::local("set the time of", parent))?;
+            // Where that fails, the next snapshot has another time of the root.
+            let _ = utimensat(CWD, parent, &times, AtFlags::SYMLINK_NOFOLLOW);
         }
-        Ok(())
     }
 
     /// Removes on a thread, which ends with the program: what is left then is removed by the next run.
@@ -335,6 +340,19 @@ pub struct Staging {
     fd: OwnedFd,
     /// An earlier run made a part of it.
     is_resumed: bool,
+    /// A swap was begun: what is left is for [`settle`] to judge.
+    is_swapping: AtomicBool,
+}
+
+impl Drop for Staging {
+    /// A restore that was cut off before it made anything leaves nothing.
+    fn drop(&mut self) {
+        let is_empty = || unlinkat(&self.work.fd, NEW, AtFlags::REMOVEDIR).is_ok();
+        if !self.is_swapping.load(Ordering::Relaxed) && is_empty() && self.work.end().is_ok() {
+            let _ = unlinkat(&self.work.fd, GONE, AtFlags::REMOVEDIR);
+            self.work.leave();
+        }
+    }
 }
 
 impl Staging {
@@ -394,6 +412,7 @@ impl Staging {
             path,
             fd,
             is_resumed,
+            is_swapping: AtomicBool::new(false),
         })
     }
 
@@ -436,11 +455,13 @@ impl Staging {
     /// Puts the whole new tree in the place of the root. When this fails, the old tree is there as it was; where even that
     /// failed, the error says so. `true`: entries were moved one by one, which changes their stamps.
     pub fn replace(&self) -> Result<bool, Error> {
+        self.is_swapping.store(true, Ordering::Relaxed);
         swap::replace(&self.work, &self.root)
     }
 
     /// Puts the new tree at a path where there is nothing yet, or an empty directory.
     pub fn fill(&self) -> Result<(), Error> {
+        self.is_swapping.store(true, Ordering::Relaxed);
         swap::fill(&self.work, &self.root)
     }
 
@@ -468,8 +489,8 @@ impl Staging {
 
     /// Gives up: what was unpacked is of no use. What cannot be removed now is removed by the next run.
     pub async fn give_up(self) {
-        let work = self.work;
         let remove = move || {
+            let work = &self.work;
             work.end()?;
             remove_at(work.fd.as_fd(), NEW, &work.path)?;
             work.clear()

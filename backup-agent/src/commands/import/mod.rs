@@ -12,7 +12,7 @@ use serde_json::json;
 use tokio::sync::mpsc;
 
 use self::{
-    layout::plan,
+    layout::{Planned, plan},
     transfer::{fetch_all, write},
 };
 use super::{Answer, backup, human_bytes};
@@ -39,22 +39,24 @@ pub async fn run(config: &Config, store: &dyn Store, bound: Duration) -> Result<
     let databases = plan.iter().filter(|file| file.is_database()).count();
     let bytes: u64 = plan.iter().map(|file| file.object.size).sum();
 
-    let staging = Staging::open(&config.root, config.identity, None)?;
-    let (sender, receiver) = mpsc::channel(1);
-    let home = staging.fd()?;
-    let writing = with_identity(config.identity, "writer", move || write(&home, receiver));
-    let (fetched, written) = tokio::join!(fetch_all(source.as_ref(), from, plan, sender), writing);
-    written??;
-    fetched?;
-
-    let mut staged = config.clone();
-    staged.root = staging.path().to_owned();
-    // What the backup remembers is about a tree that will be gone.
-    let scratch = Scratch::new(config.state.join("import"))?;
-    staged.state.clone_from(&scratch.0);
-    staged.boot_id = None;
-    let mut answer = backup::run(&staged, store, &Backup::default(), bound).await?;
-
+    let (root, identity) = (config.root.clone(), config.identity);
+    let staging = tokio::task::spawn_blocking(move || Staging::open(&root, identity, None));
+    let staging = staging
+        .await
+        .map_err(|_| Error::Internal("root's thread"))??;
+    let taken = async {
+        fetch(config, source.as_ref(), from, plan, &staging).await?;
+        let mut staged = config.clone();
+        staged.root = staging.path().to_owned();
+        // What the backup remembers is about a tree that will be gone.
+        let scratch = Scratch::new(config.state.join("import"))?;
+        staged.state.clone_from(&scratch.0);
+        staged.boot_id = None;
+        backup::run(&staged, store, &Backup::default(), bound).await
+    };
+    let taken = taken.await;
+    staging.give_up().await;
+    let mut answer = taken?;
     let advice = if databases > 0 {
         "the SQLite databases are as the old tool copied them, perhaps in the middle of a write: \
          check them with `openclaw doctor`\n"
@@ -71,6 +73,22 @@ pub async fn run(config: &Config, store: &dyn Store, bound: Duration) -> Result<
     answer.json["workspace"] = json!(workspace);
     answer.json["databases"] = json!(databases);
     Ok(answer)
+}
+
+/// Brings the files to the places where this gateway looks for them.
+async fn fetch(
+    config: &Config,
+    source: &dyn Store,
+    from: &str,
+    plan: Vec<Planned>,
+    staging: &Staging,
+) -> Result<(), Error> {
+    let (sender, receiver) = mpsc::channel(1);
+    let home = staging.fd()?;
+    let writing = with_identity(config.identity, "writer", move || write(&home, receiver));
+    let (fetched, written) = tokio::join!(fetch_all(source, from, plan, sender), writing);
+    written??;
+    fetched
 }
 
 /// A first snapshot must not follow another, nor come between a runtime and the store that it found empty.
