@@ -270,7 +270,9 @@ fn a_signal_in_the_middle_of_a_restore_leaves_the_root_and_what_the_next_one_goe
     });
     place.s3().take_requests();
     let running = host.start(&["restore"]);
-    e2e::wait::until("the tree begins to grow", || !host.leftovers().is_empty());
+    let staged = host.folder.path().join(".root.restoring/new");
+    let has_entries = || std::fs::read_dir(&staged).is_ok_and(|mut found| found.next().is_some());
+    e2e::wait::until("the tree begins to grow", has_entries);
     running.signal(Signal::TERM);
     let _ = running.wait().expect(143);
     assert_same(&before, &describe(&host.root));

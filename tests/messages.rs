@@ -470,7 +470,7 @@ fn listings_and_rights(book: &mut Book) {
     let place = Place::memory();
     let endpoint = format!("http://{}/{BUCKET}", place.s3().address);
     let host = Host::new(&place).with("RUNTIME_S3_ENDPOINT", endpoint);
-    book.add("the bucket in the endpoint", &host, &place, &["list"], 75);
+    book.add("the bucket in the endpoint", &host, &place, &["list"], 64);
     let place = Place::memory();
     let host = with_snapshot(&place);
     let first = place.keys("snapshots/").remove(0);

@@ -244,9 +244,10 @@ const AGENTS: &[Row<'_>] = &[
         s3!("s3://bucket", "https://host/bucket"),
         Some("write https://host, and the bucket into"),
     ),
+    (s3!("s3://bucket", "https://host/storage/v1"), None),
     (
-        s3!("s3://bucket", "https://host/storage/v1"),
-        Some("write https://host, and the bucket into"),
+        s3!("s3://bucket", "https://host/storage/../v1"),
+        Some("a path that no service has"),
     ),
     (
         s3!("s3://bucket", "https://bucket.s3.example"),

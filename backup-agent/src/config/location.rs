@@ -386,7 +386,7 @@ fn endpoint(text: &str, bucket: &str) -> Result<(Url, bool), String> {
     let path = tail.strip_prefix('/').unwrap_or(tail);
     let path = path.strip_suffix('/').unwrap_or(path);
     let parts: Vec<&str> = path.split('/').filter(|_| !path.is_empty()).collect();
-    if parts.first() == Some(&bucket) || parts.last() == Some(&bucket) {
+    if parts.contains(&bucket) {
         return Err(format!(
             "it has the bucket behind the host; write {scheme}://{authority}, and the bucket into RUNTIME_STORE"
         ));

@@ -117,11 +117,6 @@ pub enum StoreError {
     #[error("{place} is no S3 service: {what}; check RUNTIME_S3_ENDPOINT")]
     NotS3 { place: String, what: &'static str },
     #[error(
-        "RUNTIME_S3_ENDPOINT ends in the bucket's name {0}, to which the bucket is added once more; \
-         take it out of the endpoint"
-    )]
-    BucketTwice(String),
-    #[error(
         "the listing cannot be trusted: {0}; check what is between this machine and the service, or use another one"
     )]
     Listing(&'static str),
@@ -200,7 +195,6 @@ impl StoreError {
             | Self::TooShort
             | Self::Conflict
             | Self::NotS3 { .. }
-            | Self::BucketTwice(_)
             | Self::Listing(_)
             | Self::NoRanges
             | Self::Untrusted { .. }

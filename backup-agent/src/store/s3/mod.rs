@@ -52,12 +52,9 @@ impl S3 {
             Some(token) => Credentials::new_with_token(id, secret, token.expose()),
             None => Credentials::new(id, secret),
         };
-        let mut segments = place.endpoint.path().rsplit('/');
-        let last = segments.find(|segment| !segment.is_empty());
         Ok(Self {
             remote: Arc::new(Remote {
                 http: Http::new(&place.network, place.bandwidth),
-                may_name_bucket_twice: last == Some(place.name.as_str()),
                 bucket,
                 credentials,
                 // The clock of the operation starts with the store, give or take a millisecond.

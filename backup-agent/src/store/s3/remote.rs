@@ -74,8 +74,6 @@ pub struct Remote {
     pub deadline: Instant,
     /// What every key begins with; credentials may be limited to it.
     pub prefix: String,
-    /// The endpoint's path ends in the bucket's name, to which the bucket is added.
-    pub may_name_bucket_twice: bool,
 }
 
 impl Remote {
@@ -91,8 +89,8 @@ impl Remote {
             return Ok(answer);
         }
         match refusal(&answer) {
-            StoreError::NotFound if ask.object.is_none() => Err(self.no_bucket(&answer)),
-            StoreError::NotFound if code(&answer).is_empty() || self.may_name_bucket_twice => {
+            StoreError::NotFound if ask.object.is_none() => Err(self.no_bucket()),
+            StoreError::NotFound if code(&answer).is_empty() => {
                 self.check_bucket().await.and(Err(StoreError::NotFound))
             }
             error => Err(error),
@@ -108,17 +106,14 @@ impl Remote {
             200 if is_web_page(&answer) => Err(self.not_s3("it answers with a web page")),
             200 => listing::root(&answer.body, self.bucket.name()).map(drop),
             _ => match refusal(&answer) {
-                StoreError::NotFound => Err(self.no_bucket(&answer)),
+                StoreError::NotFound => Err(self.no_bucket()),
                 error => Err(error),
             },
         }
     }
 
     /// The error of a 404 about the bucket itself.
-    fn no_bucket(&self, answer: &Response) -> StoreError {
-        if self.may_name_bucket_twice && !code(answer).is_empty() {
-            return StoreError::BucketTwice(self.bucket.name().to_owned());
-        }
+    fn no_bucket(&self) -> StoreError {
         self.not_s3("it answers 404 to a listing of the bucket")
     }
 
