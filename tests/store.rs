@@ -370,8 +370,8 @@ fn a_listing_of_several_pages_is_read_to_its_end() {
 fn identity() -> Identity {
     Identity {
         access_key_id: "AKIATEMPORARY".to_owned(),
-        secret_access_key: "a secret/with+strange=characters".to_owned(),
-        session_token: Some("a token/with+strange=characters&more%2F ü".to_owned()),
+        secret_access_key: "a-secret/with+strange=characters".to_owned(),
+        session_token: Some("a-token/with+strange=characters&more%2F~".to_owned()),
         region: "eu-central-7".to_owned(),
     }
 }
@@ -444,39 +444,35 @@ fn the_bucket_can_be_part_of_the_host_name() {
         "hosts",
         format!("127.0.0.1 {BUCKET}.store.test\n"),
     );
-    for endpoint in [
-        format!("http://{{bucket}}.store.test:{port}"),
-        format!("http://{BUCKET}.store.test:{port}"),
-    ] {
-        let host = Host::new(&place).with("RUNTIME_S3_ENDPOINT", endpoint);
-        let path = hosts.path().join("hosts");
-        for verb in ["restore", "list"] {
-            let inner = host.command(&[verb]);
-            let mut command = std::process::Command::new("unshare");
-            command
-                .args([
-                    "--mount",
-                    "sh",
-                    "-c",
-                    "mount --bind \"$1\" /etc/hosts && shift && exec \"$@\"",
-                    "sh",
-                ])
-                .arg(&path)
-                .arg(inner.get_program())
-                .args(inner.get_args())
-                .env_clear()
-                .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
-                .envs(
-                    inner
-                        .get_envs()
-                        .filter_map(|(name, value)| Some((name, value?))),
-                )
-                .stdin(std::process::Stdio::null())
-                .stdout(std::process::Stdio::piped())
-                .stderr(std::process::Stdio::piped());
-            let outcome = e2e::agent::Running::start(&mut command).wait();
-            let _ = outcome.expect(if verb == "list" { 0 } else { 10 });
-        }
+    let endpoint = format!("http://{{bucket}}.store.test:{port}");
+    let host = Host::new(&place).with("RUNTIME_S3_ENDPOINT", endpoint);
+    let path = hosts.path().join("hosts");
+    for verb in ["restore", "list"] {
+        let inner = host.command(&[verb]);
+        let mut command = std::process::Command::new("unshare");
+        command
+            .args([
+                "--mount",
+                "sh",
+                "-c",
+                "mount --bind \"$1\" /etc/hosts && shift && exec \"$@\"",
+                "sh",
+            ])
+            .arg(&path)
+            .arg(inner.get_program())
+            .args(inner.get_args())
+            .env_clear()
+            .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
+            .envs(
+                inner
+                    .get_envs()
+                    .filter_map(|(name, value)| Some((name, value?))),
+            )
+            .stdin(std::process::Stdio::null())
+            .stdout(std::process::Stdio::piped())
+            .stderr(std::process::Stdio::piped());
+        let outcome = e2e::agent::Running::start(&mut command).wait();
+        let _ = outcome.expect(if verb == "list" { 0 } else { 10 });
     }
     let requests = place.s3().take_requests();
     assert!(
