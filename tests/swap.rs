@@ -273,7 +273,10 @@ fn an_error_at_any_step_leaves_the_old_tree_or_the_new_one() {
                 &[],
                 |case, outcome, step, what| {
                     assert!(outcome.signal.is_none(), "{what}: {outcome:?}");
-                    if outcome.code != Some(0) {
+                    // Each call counts for itself: a second one may fail on the way back.
+                    let is_half =
+                        outcome.code == Some(74) && outcome.json()["code"] == "restore_unfinished";
+                    if outcome.code != Some(0) && !is_half {
                         assert!(case.is(&case.old), "{what}: {outcome:?}");
                     }
                     case.assert_any_next_run_mends_it(step, what);

@@ -336,7 +336,8 @@ impl<'a> Swap<'a> {
                 moved.map_err(self.failed_at("move", &name))?;
             }
         }
-        let back = self.work.folder(BACK)?;
+        let back = open_directory(&self.work.fd, BACK);
+        let back = back.map_err(self.work.failed("open a folder in"))?;
         let mut late = Vec::new();
         for name in names(&back).map_err(self.work.failed("list a folder in"))? {
             self.put(back.as_fd(), &name, &mut late)?;
