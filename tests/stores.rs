@@ -1071,3 +1071,80 @@ fn a_folder_that_cannot_replace_files_is_named() {
     );
     let _ = host.run(&["backup"]).expect(0);
 }
+
+/// A listing that is right, and records that cannot be had: neither is the store empty, nor are their layers of no use.
+#[test]
+fn records_that_are_listed_and_answered_as_absent_are_an_error_for_every_verb() {
+    for is_every in [true, false] {
+        let place = Place::memory();
+        let host = with_file(&place);
+        let first = host.backup();
+        tree::write(&host.root, "since", tree::noise(1, 5000));
+        host.backup();
+        place.remove("head.json");
+        let layers = place.keys("layers/");
+        place.s3().behave(move |asked, serve| {
+            let is_hidden =
+                asked.key.starts_with("snapshots/") && (is_every || asked.key.contains(&first));
+            if asked.kind == Kind::Get && is_hidden {
+                Answer::refusal(404, "NoSuchKey")
+            } else {
+                serve()
+            }
+        });
+        for verb in ["list", "prune"] {
+            let outcome = host.run(&[verb, "--json"]);
+            assert_eq!(outcome.code, Some(75), "{verb}: {outcome:?}");
+        }
+        if is_every {
+            let other = Host::new(&place).booted('c');
+            assert_eq!(other.run(&["restore", "--json"]).code, Some(75));
+        }
+        assert_eq!(place.keys("layers/"), layers);
+    }
+}
+
+#[test]
+fn a_store_whose_records_are_all_gone_keeps_its_layers() {
+    let place = Place::directory();
+    let host = with_file(&place);
+    let snapshot = host.backup();
+    let month = std::time::Duration::from_hours(24 * 30);
+    e2e::past::set_back(&place, &[(snapshot, month)]);
+    // The head that it is remembered with is gone.
+    host.lose_everything();
+    for key in place.keys("snapshots/") {
+        place.remove(&key);
+    }
+    place.remove("head.json");
+    let kept = place.keys("layers/");
+    let outcome = host.run(&["prune"]).expect(0);
+    assert_eq!(place.keys("layers/"), kept, "{outcome:?}");
+}
+
+#[test]
+fn what_is_no_file_in_a_directory_store_is_said_at_once() {
+    let place = Place::directory();
+    let host = with_file(&place);
+    host.backup();
+    let Place::Directory(folder) = &place else {
+        unreachable!("it was made as one");
+    };
+    let head = folder.path().join("store").join(INSTANCE).join("head.json");
+    std::fs::remove_file(&head).expect("it is there");
+    let made = Command::new("mkfifo").arg(&head).status();
+    assert!(made.is_ok_and(|status| status.success()));
+    for verb in ["list", "backup", "prune"] {
+        let arguments: &[&str] = if verb == "backup" {
+            &[verb, "--confirm"]
+        } else {
+            &[verb]
+        };
+        let outcome = host.run(arguments);
+        assert_eq!(outcome.code, Some(75), "{outcome:?}");
+        assert!(
+            outcome.sentence().contains("it is not a file"),
+            "{outcome:?}"
+        );
+    }
+}

@@ -641,3 +641,110 @@ fn what_is_left_of_a_swap_that_was_undone_does_not_undo_the_next_one() {
     assert!(case.is(&case.new));
     case.assert_any_next_run_mends_it(1, "a swap after one that was undone");
 }
+
+#[test]
+fn what_somebody_put_into_an_unfinished_restore_does_not_come_back_with_it() {
+    let Some(case) = Case::new(Way::Exchange) else {
+        return;
+    };
+    let outcome = case.restore("syncfs", "signal=SIGKILL:when=1", &[]);
+    assert_eq!(outcome.signal, Some(9), "{outcome:?}");
+    let staged = case.host.folder.path().join(".root.restoring/new");
+    tree::write(&staged, "foreign/file", "of somebody else");
+    fs::remove_dir_all(staged.join("c")).expect("it is there");
+    std::os::unix::fs::symlink("/etc", staged.join("c")).expect("it can be made");
+    fs::remove_file(staged.join("b")).expect("it is there");
+    fs::create_dir_all(staged.join("b/inner")).expect("it can be made");
+    rustix::fs::setxattr(
+        staged.join("a/inner/file"),
+        "user.foreign",
+        b"1",
+        rustix::fs::XattrFlags::empty(),
+    )
+    .expect("it can be set");
+    let outcome = case.host.run(&["restore", "--yes", "--json"]).expect(0);
+    let going_on = outcome.logged("going on with what an earlier restore has unpacked");
+    assert_eq!(going_on.len(), 1);
+    let root = content(&case.host.root);
+    assert_eq!(differences(&case.new, &root), [""; 0]);
+}
+
+#[test]
+fn a_hangup_in_the_middle_is_served_as_any_signal_that_asks_to_stop() {
+    for way in [Way::Exchange, Way::Moves] {
+        let Some(mut case) = Case::new(way) else {
+            return;
+        };
+        for step in 1..8 {
+            let outcome = case.restore("renameat2", &format!("signal=SIGHUP:when={step}"), &[]);
+            let want = match outcome.code {
+                Some(0) => &case.new,
+                Some(129) => &case.old,
+                _ => panic!("{step}: {outcome:?}"),
+            };
+            assert!(case.is(want), "{step}: {outcome:?}");
+            case.renew();
+        }
+    }
+}
+
+#[test]
+fn a_directory_that_its_owner_may_not_write_to_can_be_moved() {
+    if !tree::is_root() {
+        return;
+    }
+    for way in [Way::Exchange, Way::Moves] {
+        let Some(case) = Case::new(way) else {
+            return;
+        };
+        // All of it as a user without any right of root's.
+        let host = &case.host;
+        let user = host.folder.path().display().to_string();
+        let set = |script: &str| {
+            let status = Command::new("sh")
+                .args(["-c", script, "sh", &user])
+                .status();
+            assert!(status.is_ok_and(|status| status.success()), "{script}");
+        };
+        let run = |arguments: &[&str]| {
+            let agent = host.command(arguments);
+            let mut command = Command::new("setpriv");
+            command.args(["--reuid=54711", "--regid=54711", "--clear-groups"]);
+            command.arg(agent.get_program()).args(agent.get_args());
+            command.env_clear().env("PATH", "/usr/sbin:/usr/bin:/bin");
+            command.envs(
+                agent
+                    .get_envs()
+                    .filter_map(|(name, value)| Some((name, value?))),
+            );
+            command
+                .stdin(Stdio::null())
+                .stdout(Stdio::piped())
+                .stderr(Stdio::piped());
+            Running::start(&mut command).wait()
+        };
+        set("chown -R 54711:54711 \"$1\" && chmod 755 \"$1\"");
+        let Place::Directory(store) = &case._place else {
+            unreachable!("it was made as one");
+        };
+        let status = Command::new("chown")
+            .arg("-R")
+            .arg("54711:54711")
+            .arg(store.path())
+            .status();
+        assert!(status.is_ok_and(|status| status.success()));
+        set("chmod 555 \"$1/root/a\" \"$1/root\"");
+        let before = content(&host.root);
+        let _ = run(&["backup", "--json"]).expect(0);
+        set(
+            "chmod 755 \"$1/root\" \"$1/root/a\" && rm -r \"$1/root/\"* && mkdir \"$1/root/other\" && chmod 555 \"$1/root/other\" && chown -R 54711 \"$1/root\"",
+        );
+        let restored = run(&["restore", "--yes", "--json"]);
+        assert_eq!(restored.code, Some(0), "{way:?}: {restored:?}");
+        assert_eq!(
+            differences(&before, &content(&host.root)),
+            [""; 0],
+            "{way:?}"
+        );
+    }
+}

@@ -91,7 +91,7 @@ pub enum Error {
     #[error("stopped after {}: the time bound ran out; {left}", Seconds(*.after))]
     Timeout { after: Duration, left: String },
     /// A signal asked to stop.
-    #[error("stopped by {}; {left}", if *.signal == 2 { "SIGINT" } else { "SIGTERM" })]
+    #[error("stopped by {}; {left}", match *.signal { 1 => "SIGHUP", 2 => "SIGINT", _ => "SIGTERM" })]
     Interrupted { signal: i32, left: String },
     /// A thread of the agent ended without a word: a bug.
     #[error("internal error: the {0} ended without a result; please report it")]
@@ -123,6 +123,8 @@ impl Error {
     /// What to do about it, where that is known.
     pub fn advice(&self) -> Option<String> {
         use io::ErrorKind as Kind;
+
+        use nix::errno::Errno;
 
         if let Self::Damaged { key, reason } = self {
             // Some reasons say it themselves.
@@ -168,6 +170,13 @@ impl Error {
             Kind::AlreadyExists if matches!(self, Self::Store { .. }) => {
                 "its file system cannot replace a file by rename (sshfs: mount it with -o workaround=rename)"
             }
+            _ if matches!(
+                source.raw_os_error().map(Errno::from_raw),
+                Some(Errno::EMFILE | Errno::ENFILE)
+            ) =>
+            {
+                "raise the limit of open files (ulimit -n): each level of the tree takes one"
+            }
             Kind::ReadOnlyFilesystem => "that file system is mounted read-only",
             Kind::ResourceBusy => "it is in use or a mount point: unmount it first",
             Kind::PermissionDenied if nix::unistd::geteuid().is_root() => {
@@ -210,7 +219,8 @@ impl Error {
             Self::Store { .. } | Self::LeftOut { .. } => (75, "store_unavailable"),
             Self::Timeout { .. } => (124, "timeout"),
             Self::Interrupted { signal, .. } => {
-                (if *signal == 2 { 130 } else { 143 }, "interrupted")
+                // As of a program that the signal ended: 129, 130 and 143.
+                (128 + u8::try_from(*signal).unwrap_or(15), "interrupted")
             }
         }
     }
@@ -221,7 +231,7 @@ pub fn mend(key: &str) -> Option<&'static str> {
     match key.split_once('/').map_or(key, |(folder, _)| folder) {
         "head.json" => Some(
             "`backup-agent list` shows the snapshots, `backup-agent restore ID` brings one back, and `backup-agent backup` \
-             after that writes a new head",
+             after that writes a new head; or delete it: the newest snapshot is the latest then",
         ),
         "snapshots" => Some(
             "`backup-agent list` shows the others, and `backup-agent restore ID` brings one of them back",

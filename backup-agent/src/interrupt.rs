@@ -1,4 +1,4 @@
-//! Runs a command within its time bound and stops it on SIGINT and SIGTERM.
+//! Runs a command within its time bound and stops it on SIGINT, SIGTERM and SIGHUP.
 //!
 //! Stopping is safe anywhere, because nothing on the store is visible before the head moves. What is left is tidied here:
 //! an upload in parts that was not completed is aborted, within [`TIDY`]. Only the swap of a restored tree is not cut off
@@ -7,12 +7,16 @@
 use std::{
     os::unix::net::UnixStream,
     pin::pin,
-    sync::atomic::{AtomicBool, Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
 use signal_hook::{
-    consts::{SIGINT, SIGTERM},
+    consts::{SIGHUP, SIGINT, SIGTERM, SIGXFSZ},
+    flag,
     low_level::pipe,
 };
 use tokio::{io::AsyncReadExt, sync::Notify, time::timeout};
@@ -134,20 +138,27 @@ pub fn longer(verb: &Verb) -> String {
 
 /// A future of the first signal that asks to stop.
 fn signal_pipe() -> Result<impl Future<Output = i32>, Error> {
-    let watch = |signal| -> Result<tokio::net::UnixStream, std::io::Error> {
-        let (receiver, sender) = UnixStream::pair()?;
-        pipe::register(signal, sender)?;
-        receiver.set_nonblocking(true)?;
-        tokio::net::UnixStream::from_std(receiver)
-    };
     let failed = || Error::local("watch", "signals");
-    let mut int = watch(SIGINT).map_err(failed())?;
-    let mut term = watch(SIGTERM).map_err(failed())?;
+    // Without a handler a write beyond the limit of a file's size ends the program, and not the write.
+    flag::register(SIGXFSZ, Arc::default()).map_err(failed())?;
+    let (receiver, sender) = UnixStream::pair().map_err(failed())?;
+    receiver.set_nonblocking(true).map_err(failed())?;
+    let mut receiver = tokio::net::UnixStream::from_std(receiver).map_err(failed())?;
+    let seen: [(i32, Arc<AtomicBool>); 3] =
+        [SIGINT, SIGTERM, SIGHUP].map(|signal| (signal, Arc::default()));
+    for (signal, is_seen) in &seen {
+        let sender = sender.try_clone().map_err(failed())?;
+        flag::register(*signal, is_seen.clone())
+            .and_then(|_| pipe::register(*signal, sender))
+            .map_err(failed())?;
+    }
     Ok(async move {
-        let (mut a, mut b) = ([0], [0]);
-        tokio::select! {
-            _ = int.read(&mut a) => SIGINT,
-            _ = term.read(&mut b) => SIGTERM,
-        }
+        let mut byte = [0];
+        // It ends only with the program.
+        let _ = receiver.read(&mut byte).await;
+        let first = seen
+            .iter()
+            .find(|(_, is_seen)| is_seen.load(Ordering::Relaxed));
+        first.map_or(SIGTERM, |(signal, _)| *signal)
     })
 }

@@ -21,7 +21,7 @@ use tokio::time::timeout;
 use crate::{
     archive::spool::Spool,
     config::{Config, is_open, is_trusted},
-    error::{Chain, Error},
+    error::Error,
     local_index::fine_clock,
     log,
     snapshot::{
@@ -119,6 +119,8 @@ pub struct State {
     seen: HashSet<u64>,
     /// The file systems' clock when this run began.
     began: i64,
+    /// Why nobody knows whether the root is half of two trees.
+    pub doubt: Option<Error>,
     _lock: Lock,
 }
 
@@ -169,6 +171,7 @@ impl State {
             facts,
             seen: HashSet::new(),
             began: fine_clock()?,
+            doubt: None,
             _lock: lock,
         };
         state.settle_root().await?;
@@ -185,14 +188,22 @@ impl State {
             Ok(Settled::Nothing) => {}
             // One tree or the other; which snapshot it equals is not known.
             Ok(Settled::Untouched | Settled::Replaced) => self.facts.is_root_unfinished = false,
-            Err(error) => {
+            Err(error @ Error::RootHalf { .. }) => {
                 log::warn(
                     "a restore that was cut short cannot be ended",
-                    &[("error", Chain(&error).to_string().into())],
+                    &[("error", error.sentence().into())],
                 );
                 self.facts.snapshot = None;
                 self.facts.root = None;
                 self.facts.is_root_unfinished = true;
+            }
+            // Whether there is anything to end is not known: who works on the root has to know it.
+            Err(error) => {
+                log::warn(
+                    "cannot tell whether a restore was cut short",
+                    &[("error", error.sentence().into())],
+                );
+                self.doubt = Some(error);
             }
         }
         if self.facts.is_root_unfinished == was_unfinished {

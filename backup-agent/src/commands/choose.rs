@@ -5,6 +5,7 @@ use crate::{
     error::Error,
     snapshot::{
         head::{self, Seen},
+        history::absent_though_listed,
         record::{self, Record},
     },
     store::Store,
@@ -46,7 +47,13 @@ pub async fn choose(
     }
     // Without a word of the head, the newest record is the latest: its writer was killed before the head moved.
     match record::list(store).await?.last() {
-        Some(newest) => record::read(store, newest).await,
+        Some(newest) => record::read(store, newest)
+            .await
+            .map_err(|error| match error {
+                // Nothing removes the newest one: an instance that has snapshots is not to be taken for an empty one.
+                Error::UnknownSnapshot { id } => absent_though_listed(&id),
+                other => other,
+            }),
         None => Err(no_snapshot(config)),
     }
 }

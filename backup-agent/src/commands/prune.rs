@@ -86,6 +86,16 @@ pub async fn run(config: &Config, store: &dyn Store, is_dry_run: bool) -> Result
         (is_old && is_settled && is_unnamed).then(|| layer.to_owned())
     };
     let unnamed: Vec<String> = stored.iter().filter_map(unnamed).collect();
+    // A store that has lost its records, or shows none, must not lose what they were about, too.
+    let unnamed = if records.is_empty() && !unnamed.is_empty() {
+        log::warn(
+            "there is no snapshot, so nobody knows what these layers are for: none is removed",
+            &[("count", unnamed.len().into())],
+        );
+        Vec::new()
+    } else {
+        unnamed
+    };
     if !is_dry_run {
         let keys = unnamed.iter().map(|layer| record::layer_key(layer));
         remove(store, keys.collect()).await?;
@@ -132,7 +142,7 @@ fn check_writer(config: &Config, state: &State, seen: Option<&Seen>) -> Result<(
 
 /// All of these records. One that cannot be read ends it: its layers are not known, so none can be removed.
 async fn read(store: &dyn Store, ids: &[String]) -> Result<Vec<Record>, Error> {
-    let records = history::read(store, ids).await;
+    let records = history::read_listed(store, ids).await?;
     records.into_iter().collect()
 }
 

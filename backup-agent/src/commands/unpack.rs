@@ -11,7 +11,7 @@ use nix::unistd::Uid;
 use crate::{
     archive::{
         download::Start,
-        entry::{Entry, Kind},
+        entry::{Entry, Kind, compare, display},
         extents::Extent,
         layer_index::LayerIndex,
         merge::{Merge, Source},
@@ -26,8 +26,15 @@ use crate::{
     state::{State, Which},
     store::Store,
     tree::{
-        apply::Applier, cursor::is_above, exclude::Selection, identity::with_identity,
-        miss::Unread, old::Old, staging::Staging,
+        apply::Applier,
+        cursor::{Cursor, is_above},
+        exclude::{Excludes, Selection},
+        identity::with_identity,
+        miss::Unread,
+        old::Old,
+        remove::remove_at,
+        scan::{self, Met, Verdict},
+        staging::Staging,
     },
 };
 
@@ -67,6 +74,9 @@ pub async fn unpack(
     let is_owner_kept = Uid::effective().is_root() && config.identity.is_none();
     let source = record::key(&record.id);
     let is_resumed = staging.is_resumed();
+    if is_resumed {
+        weed(config, staging, indexes).await?;
+    }
     let start = if is_resumed { Start::Slow } else { Start::Full };
     let mut applier = Applier::new(staging.fd()?, is_resumed, is_owner_kept, old, source)?;
     let mut merge = Merge::new(indexes)?;
@@ -139,6 +149,50 @@ pub async fn unpack(
         downloaded,
         lost,
     })
+}
+
+/// Removes from a tree that an earlier run has begun what the snapshot does not have: somebody else made it.
+async fn weed(config: &Config, staging: &Staging, indexes: &[LayerIndex]) -> Result<(), Error> {
+    let mut merge = Merge::new(indexes)?;
+    let (tree, path) = (staging.fd()?, staging.path().to_owned());
+    let remove = move || {
+        let mut next = merge.next()?;
+        let mut foreign: Vec<Vec<u8>> = Vec::new();
+        let visit = |met: Met<'_>| {
+            let (found, kind) = match &met {
+                Met::Entry(found) => (&found.entry.path[..], Some(found.entry.kind)),
+                Met::Missed(path, _) => (*path, None),
+            };
+            while next
+                .as_ref()
+                .is_some_and(|word| compare(&word.entry.path, found).is_lt())
+            {
+                next = merge.next()?;
+            }
+            let word = next.as_ref().filter(|word| word.entry.path == found);
+            let is_own = word.is_some_and(|word| match word.entry.kind {
+                Kind::Deleted => false,
+                Kind::File | Kind::Hardlink => {
+                    matches!(kind, Some(Kind::File | Kind::Hardlink))
+                }
+                wanted => kind == Some(wanted),
+            });
+            if is_own {
+                return Ok(Verdict::Taken);
+            }
+            foreign.push(found.to_vec());
+            Ok::<_, Error>(Verdict::Skipped)
+        };
+        scan::walk(&path, &Excludes::none(), visit)?;
+        let mut tree = Cursor::new(tree);
+        for path in foreign {
+            if let Ok((parent, name)) = tree.parent(&path) {
+                remove_at(parent, &name, Path::new(&display(&path)))?;
+            }
+        }
+        Ok(())
+    };
+    with_identity(config.identity, "weeder", remove).await?
 }
 
 /// Writes the files of one layer.

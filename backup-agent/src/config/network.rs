@@ -71,6 +71,11 @@ impl Source<'_> {
 
 fn certificates(path: &str) -> Result<Vec<CertificateDer<'static>>, String> {
     let mut bytes = Vec::new();
+    let status = std::fs::metadata(path).map_err(|error| error.to_string())?;
+    // A pipe would wait for its writer.
+    if !status.is_file() {
+        return Err("it is not a file".to_owned());
+    }
     File::open(path)
         .and_then(|file| file.take(CERTIFICATES).read_to_end(&mut bytes))
         .map_err(|error| error.to_string())?;

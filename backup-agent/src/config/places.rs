@@ -87,7 +87,18 @@ impl Places {
         });
 
         let gateway = self.gateway.map(Hands::of);
-        for (name, folder) in [&state, &store, &objects].into_iter().flatten() {
+        // What is in there may be a link, too.
+        let mut inside = Vec::new();
+        if let Some((name, objects)) = &objects {
+            for folder in ["layers", "snapshots"] {
+                match Resolved::of(&objects.path.join(folder)) {
+                    Ok(folder) => inside.push((*name, folder)),
+                    Err(reason) => problems.push(sentence(name, &reason)),
+                }
+            }
+        }
+        let judged = [&state, &store, &objects].into_iter().flatten();
+        for (name, folder) in judged.chain(&inside) {
             if let Err(reason) = folder.judge(gateway.as_ref()) {
                 let problem = sentence(name, &reason);
                 if !problems.contains(&problem) {
@@ -104,6 +115,13 @@ impl Places {
             (target.as_ref(), store.as_ref()),
         ] {
             problems.extend(nested(inner, outer));
+        }
+        for folder in objects
+            .iter()
+            .chain(&inside)
+            .filter(|_| !self.is_store_default)
+        {
+            problems.extend(nested(Some(folder), root.as_ref()));
         }
         // An import only reads its source; what comes after it (a restore, a prune) does not.
         for outer in [&root, &state, &objects] {

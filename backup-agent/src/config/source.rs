@@ -163,6 +163,16 @@ impl Source<'_> {
             self.reject(name, is_working_name());
             return None;
         }
+        // The working folder of a restore is called after it: `.NAME.restoring`.
+        let longest = 255 - 1 - staging::INSIDE.len();
+        let length = path.file_name().map_or(0, std::ffi::OsStr::len);
+        if length > longest || path.as_os_str().len() > LONGEST_PATH {
+            let reason = format_args!(
+                "its path or its last name is too long: {longest} bytes for a name, {LONGEST_PATH} for the path"
+            );
+            self.reject(name, reason);
+            return None;
+        }
         Some(path.components().collect())
     }
 
@@ -333,6 +343,9 @@ impl Source<'_> {
         policy
     }
 }
+
+/// What the kernel takes as a path is 4,095 bytes; names of the agent's own files come behind it.
+const LONGEST_PATH: usize = 3500;
 
 fn is_working_name() -> String {
     let working = staging::INSIDE;

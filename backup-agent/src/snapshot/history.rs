@@ -11,21 +11,50 @@ use crate::{
         id,
         record::{self, Record},
     },
-    store::Store,
+    store::{Store, StoreError},
 };
 
 /// Requests under way at once where there is one for each of many objects: it hides the round trips, and stays far below
 /// what a service takes from one client.
 pub const AT_ONCE: usize = 8;
 
-/// Reads these records, in this order. A snapshot that was removed meanwhile is left out.
-pub async fn read(store: &dyn Store, ids: &[String]) -> Vec<Result<Record, Error>> {
+/// Reads these records, in this order. A snapshot that is not there is left out.
+async fn read(store: &dyn Store, ids: &[String]) -> Vec<Result<Record, Error>> {
     stream::iter(ids)
         .map(|id| record::read(store, id))
         .buffered(AT_ONCE)
         .filter(|read| std::future::ready(!matches!(read, Err(Error::UnknownSnapshot { .. }))))
         .collect()
         .await
+}
+
+/// Reads these records, which a listing names. One that is not there has to be gone from the next listing, too: an object that
+/// is listed and absent is the word of a store that cannot be trusted.
+pub async fn read_listed(
+    store: &dyn Store,
+    ids: &[String],
+) -> Result<Vec<Result<Record, Error>>, Error> {
+    let reads = stream::iter(ids)
+        .map(|id| record::read(store, id))
+        .buffered(AT_ONCE);
+    let mut reads: Vec<_> = reads.collect().await;
+    let is_absent =
+        |read: &Result<Record, Error>| matches!(read, Err(Error::UnknownSnapshot { .. }));
+    if reads.iter().any(is_absent) {
+        let listed: HashSet<String> = record::list(store).await?.into_iter().collect();
+        let absent = reads.iter().zip(ids).filter(|(read, _)| is_absent(read));
+        if let Some((_, id)) = absent.into_iter().find(|(_, id)| listed.contains(*id)) {
+            return Err(absent_though_listed(id));
+        }
+    }
+    reads.retain(|read| !is_absent(read));
+    Ok(reads)
+}
+
+/// The error of a record that a listing names and that is not there.
+pub fn absent_though_listed(id: &str) -> Error {
+    let contradiction = StoreError::Listing("it names what is not there");
+    Error::store("read", record::key(id))(contradiction)
 }
 
 /// What is there of the snapshots that the head and listed records name and the listing does not: such a listing cannot be
@@ -62,7 +91,7 @@ pub async fn all(
     head: Option<&str>,
 ) -> Result<Vec<Result<Record, Error>>, Error> {
     let ids = record::list(store).await?;
-    let mut reads = read(store, &ids).await;
+    let mut reads = read_listed(store, &ids).await?;
     let records: Vec<Record> = reads.iter().flatten().cloned().collect();
     let left_out = left_out(store, &ids, &records, head).await;
     if !left_out.is_empty() {

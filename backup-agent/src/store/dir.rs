@@ -81,7 +81,7 @@ impl Store for Directory {
     fn get_range<'a>(&'a self, key: &'a str, offset: u64, length: usize) -> Pending<'a, Bytes> {
         let key = key.to_owned();
         self.blocking(move |base, _| {
-            let mut file = File::open(base.join(key)).map_err(missing)?;
+            let mut file = open(&base.join(key))?;
             file.seek(SeekFrom::Start(offset))?;
             let mut bytes = vec![0; length];
             file.read_exact(&mut bytes).map_err(|error| {
@@ -297,13 +297,28 @@ fn missing(error: io::Error) -> StoreError {
     }
 }
 
+/// Opens an object. Whatever else has its name is no absence, and holds nobody up.
+fn open(path: &Path) -> Result<File, StoreError> {
+    let mut options = OpenOptions::new();
+    // Else a pipe waits for its writer.
+    options.read(true).custom_flags(nix::libc::O_NONBLOCK);
+    let file = match options.open(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound && path.is_symlink() => {
+            return Err(StoreError::Protocol("it is a link that leads nowhere"));
+        }
+        opened => opened.map_err(missing)?,
+    };
+    if file.metadata()?.is_file() {
+        Ok(file)
+    } else {
+        Err(StoreError::Protocol("it is not a file"))
+    }
+}
+
 fn read_small(path: &Path) -> Result<Vec<u8>, StoreError> {
     let mut bytes = Vec::new();
     let limit = SMALL_OBJECT as u64 + 1;
-    File::open(path)
-        .map_err(missing)?
-        .take(limit)
-        .read_to_end(&mut bytes)?;
+    open(path)?.take(limit).read_to_end(&mut bytes)?;
     if bytes.len() > SMALL_OBJECT {
         return Err(StoreError::TooLong);
     }

@@ -157,8 +157,12 @@ impl Applier {
         let content = read::open(parent, &name).ok();
         let status = content.as_ref().map(Content::status);
         // Another name of it would be changed, too.
-        if let Some(status) = status.filter(|status| status.st_nlink == 1)
-            && (1..=entry.size).contains(&read::size(status))
+        // A part has no attributes yet, and what is as long as it should be is no part: it is not right.
+        let is_bare = content.as_ref().is_some_and(|content| {
+            read::xattrs(content.file()).is_ok_and(|found| found.all.is_empty() && !found.is_cut)
+        });
+        if let Some(status) = status.filter(|status| status.st_nlink == 1 && is_bare)
+            && (1..entry.size).contains(&read::size(status))
         {
             return Ok(read::size(status));
         }

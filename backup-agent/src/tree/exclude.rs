@@ -7,6 +7,7 @@
 
 use fast_glob::glob_match;
 
+use super::staging::INSIDE;
 use crate::archive::entry::{Entry, Kind};
 
 /// What is left out everywhere, and who makes it again. The order counts: a workspace keeps what only the gateway makes, and
@@ -181,6 +182,10 @@ impl Excludes {
 
     /// Whether what is no symbolic link is left out, and with it everything below.
     pub fn matches(&self, path: &[u8], is_directory: bool) -> bool {
+        // Whatever the list says: a restore works in there.
+        if path == INSIDE.as_bytes() {
+            return true;
+        }
         let node = if is_directory {
             Node::Directory
         } else {

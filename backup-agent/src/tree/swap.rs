@@ -59,8 +59,8 @@ const MOST_NAMED: usize = 16;
 pub struct Moves {
     /// The names in the root of the new tree.
     names: Vec<Vec<u8>>,
-    /// The new root's time: moving entries changes it. In nanoseconds.
-    mtime: i64,
+    /// Of the new root: moving entries changes its time, and may take a right more than it has.
+    new: Status,
     /// Of the old root.
     old: Status,
 }
@@ -116,7 +116,18 @@ pub enum Settled {
 pub fn replace(work: &Work, root: &Path) -> Result<bool, Error> {
     use rustix::io::Errno;
 
-    match renameat_with(&work.fd, NEW, CWD, root, RenameFlags::EXCHANGE) {
+    let exchange = || renameat_with(&work.fd, NEW, CWD, root, RenameFlags::EXCHANGE);
+    let exchanged = match exchange() {
+        Err(Errno::ACCESS) => {
+            let new = WayIn::open(work.fd.as_fd(), NEW);
+            let old = as_name(root).map(|root| WayIn::open(CWD, &root));
+            let exchanged = exchange();
+            drop((new, old));
+            exchanged
+        }
+        exchanged => exchanged,
+    };
+    match exchanged {
         Ok(()) => Ok(false),
         Err(Errno::NOENT) => fill(work, root).map(|()| false),
         // Another file system, a mount point, a lower layer of an overlay, a file system that cannot.
@@ -176,7 +187,7 @@ fn begin(work: &Work, root: &Path) -> Result<Moves, Error> {
             .into_iter())
         .map(CString::into_bytes)
         .collect(),
-        mtime: Status::of(&status(&new)?).mtime,
+        new: Status::of(&status(&new)?),
         old: Status::of(&status(&root_fd)?),
     };
     let journal = work
@@ -215,24 +226,13 @@ pub fn settle(work: &Work, root: &Path) -> Result<Settled, Error> {
         return Ok(Settled::Nothing);
     };
     if let Some(moves) = journal.moves {
-        let is_back = is_there(&work.fd, BACK).map_err(work.failed("look at"))?;
-        let is_out = is_there(&work.fd, OLD).map_err(work.failed("look at"))?;
-        if is_back || is_out {
-            let swap = Swap::open(work, root, moves)?;
-            let going_on = "finishing a swap of the root that was cut short";
-            log::info(going_on, &[("root", root.display().to_string().into())]);
-            let replaced = if is_back {
-                Ok(false)
-            } else {
-                swap.replace().map(|()| true)
-            };
-            if let Err(error) = &replaced {
-                tell_error("it cannot be finished; putting the old tree back", error);
-            }
-            if !matches!(replaced, Ok(true)) {
-                swap.go_back()?;
-                return Ok(Settled::Untouched);
-            }
+        // Whatever keeps it from its end leaves entries of both trees in the root.
+        let replaced = end(work, root, moves).map_err(|error| Error::RootHalf {
+            root: root.to_owned(),
+            source: Box::new(error),
+        });
+        if !replaced? {
+            return Ok(Settled::Untouched);
         }
     } else if RootId::at(root)? != Some(journal.tree) {
         return Ok(Settled::Untouched);
@@ -241,6 +241,28 @@ pub fn settle(work: &Work, root: &Path) -> Result<Settled, Error> {
     work.discard(LATE)?;
     work.end()?;
     Ok(Settled::Replaced)
+}
+
+/// Goes on with moving entries; whether the root is the new tree then.
+fn end(work: &Work, root: &Path, moves: Moves) -> Result<bool, Error> {
+    let is_back = is_there(&work.fd, BACK).map_err(work.failed("look at"))?;
+    let is_out = is_there(&work.fd, OLD).map_err(work.failed("look at"))?;
+    if !is_back && !is_out {
+        return Ok(true);
+    }
+    let swap = Swap::open(work, root, moves)?;
+    log::info(
+        "finishing a swap of the root that was cut short",
+        &[("root", root.display().to_string().into())],
+    );
+    if !is_back {
+        match swap.replace() {
+            Ok(()) => return Ok(true),
+            Err(error) => tell_error("it cannot be finished; putting the old tree back", &error),
+        }
+    }
+    swap.go_back()?;
+    Ok(false)
 }
 
 fn tell_error(message: &'static str, error: &Error) {
@@ -263,6 +285,10 @@ impl<'a> Swap<'a> {
         let root = open_directory(CWD, &as_name(path)?).map_err(Error::local("open", path))?;
         let new = open_directory(&work.fd, NEW).map_err(work.failed("open a folder in"))?;
         let names = moves.names.iter().cloned().collect();
+        // An owner that is not root needs the right to write to move entries; at the end each gets the mode that it has to have.
+        for (directory, status) in [(&root, moves.old), (&new, moves.new)] {
+            let _ = fchmod(directory, Mode::from_bits_truncate(status.mode | 0o200));
+        }
         Ok(Self {
             work,
             path,
@@ -304,14 +330,12 @@ impl<'a> Swap<'a> {
             }
         }
         for name in names(&self.new).map_err(self.work.failed("list a folder in"))? {
-            self.put(self.new.as_fd(), &name, &mut late)?;
+            if !self.is_own(&name) {
+                self.put(self.new.as_fd(), &name, &mut late)?;
+            }
         }
-        let status = fstat(&self.new).map_err(Error::local("look at", self.path))?;
-        let status = Status {
-            mtime: self.moves.mtime,
-            ..Status::of(&status)
-        };
-        status
+        self.moves
+            .new
             .set(&self.root)
             .and_then(|()| hand_over_attributes(self.new.as_fd(), self.root.as_fd()))
             .map_err(Error::local("set the status of", self.path))?;
@@ -343,10 +367,11 @@ impl<'a> Swap<'a> {
             self.put(back.as_fd(), &name, &mut late)?;
         }
         let late = self.keep_late()?;
-        self.moves
-            .old
-            .set(&self.root)
-            .map_err(Error::local("set the status of", self.path))?;
+        if let Err(errno) = self.moves.old.set(&self.root) {
+            // All of the tree is there, and a root that nobody may change has not changed.
+            let error = Error::local("set the status of", self.path)(errno);
+            tell_error("the root has another time or owner now", &error);
+        }
         self.tell(
             &late,
             "set aside what was written while the tree was replaced",
@@ -460,6 +485,30 @@ impl<'a> Swap<'a> {
     }
 }
 
+/// A directory that its owner may write to, until this is dropped: it cannot be moved to another directory otherwise, as `..` in it
+/// changes (rename(2)). Root may always.
+struct WayIn {
+    directory: OwnedFd,
+    mode: u32,
+}
+
+impl WayIn {
+    /// `None` where it is no such directory: the next try says what is wrong.
+    fn open(parent: BorrowedFd<'_>, name: &CStr) -> Option<Self> {
+        let directory = open_directory(parent, name).ok()?;
+        let mode = fstat(&directory).ok()?.st_mode & 0o7777;
+        fchmod(&directory, Mode::from_bits_truncate(mode | 0o200)).ok()?;
+        Some(Self { directory, mode })
+    }
+}
+
+impl Drop for WayIn {
+    fn drop(&mut self) {
+        // It was allowed a moment ago.
+        let _ = fchmod(&self.directory, Mode::from_bits_truncate(self.mode));
+    }
+}
+
 /// Moves an entry to a directory where nothing has its name; `false`: something has.
 ///
 /// A directory that has parts in a lower layer of an overlay cannot be renamed: it is made anew, and what is in it is moved.
@@ -468,6 +517,10 @@ fn carry(from: BorrowedFd<'_>, name: &CStr, to: BorrowedFd<'_>) -> Result<bool, 
 
     match rename_free(from, name, to, name) {
         Err(Errno::XDEV) => {}
+        Err(Errno::ACCESS) => {
+            let _way = WayIn::open(from, name);
+            return rename_free(from, name, to, name);
+        }
         moved => return moved,
     }
     let inner = match open_directory(from, name) {

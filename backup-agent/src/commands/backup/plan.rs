@@ -177,8 +177,11 @@ pub async fn plan(
 }
 
 /// Refuses a root that is surely not the tree whose snapshots these are.
-fn check_root(config: &Config, state: &State) -> Result<(), Error> {
+fn check_root(config: &Config, state: &mut State) -> Result<(), Error> {
     let root = config.root.clone();
+    if let Some(doubt) = state.doubt.take() {
+        return Err(doubt);
+    }
     if state.facts.is_root_unfinished {
         return Err(Error::RootUnfinished { root });
     }
