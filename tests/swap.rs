@@ -27,7 +27,7 @@ enum Way {
 
 /// A host with an old tree in its root that is newer than its one snapshot.
 struct Case {
-    _place: Place,
+    place: Place,
     host: Host,
     _disk: Option<Mount>,
     snapshot: String,
@@ -58,7 +58,7 @@ impl Case {
         Some(
             Self {
                 snapshot,
-                _place: place,
+                place,
                 host,
                 _disk: disk,
                 old: Tree::new(),
@@ -724,7 +724,7 @@ fn a_directory_that_its_owner_may_not_write_to_can_be_moved() {
             Running::start(&mut command).wait()
         };
         set("chown -R 54711:54711 \"$1\" && chmod 755 \"$1\"");
-        let Place::Directory(store) = &case._place else {
+        let Place::Directory(store) = &case.place else {
             unreachable!("it was made as one");
         };
         let status = Command::new("chown")
