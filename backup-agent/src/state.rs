@@ -30,7 +30,13 @@ use crate::{
         record::{Consistency, Layer},
         sealed,
     },
-    tree::{miss::Unread, root::RootId, staging, swap::Settled},
+    tree::{
+        identity::{Identity, with_identity},
+        miss::Unread,
+        root::RootId,
+        staging,
+        swap::Settled,
+    },
 };
 
 /// The remembered facts.
@@ -174,12 +180,12 @@ impl State {
             doubt: None,
             _lock: lock,
         };
-        state.settle_root().await?;
+        state.settle_root(config.identity).await?;
         Ok(state)
     }
 
     /// Ends what a restore that was killed has left half done in the root.
-    async fn settle_root(&mut self) -> Result<(), Error> {
+    async fn settle_root(&mut self, identity: Option<Identity>) -> Result<(), Error> {
         let root = self.root.clone();
         let settled = tokio::task::spawn_blocking(move || staging::settle(&root)).await;
         let was_unfinished = self.facts.is_root_unfinished;
@@ -199,11 +205,16 @@ impl State {
             }
             // Whether there is anything to end is not known: who works on the root has to know it.
             Err(error) => {
+                let doubt = match is_free(&self.root, identity, &error).await {
+                    Ok(true) => return Ok(()),
+                    Ok(false) => error,
+                    Err(other) => other,
+                };
                 log::warn(
                     "cannot tell whether a restore was cut short",
-                    &[("error", error.sentence().into())],
+                    &[("error", doubt.sentence().into())],
                 );
-                self.doubt = Some(error);
+                self.doubt = Some(doubt);
             }
         }
         if self.facts.is_root_unfinished == was_unfinished {
@@ -377,6 +388,20 @@ impl State {
             .and_then(|()| fs::rename(self.directory.join(new), &path))
             .map_err(Error::local("write", path))
     }
+}
+
+/// Whether a root that its owner alone may enter has no working directory of a restore, as its owner sees it: root may be
+/// without the right to look (NFS, a container without `DAC_OVERRIDE`).
+async fn is_free(root: &Path, identity: Option<Identity>, error: &Error) -> Result<bool, Error> {
+    let inside = root.join(staging::INSIDE);
+    let is_refused = matches!(error, Error::Local { source, path, .. }
+        if *path == inside && source.kind() == io::ErrorKind::PermissionDenied);
+    if identity.is_none() || !is_refused {
+        return Ok(false);
+    }
+    let look = move || fs::symlink_metadata(inside).map(drop);
+    let found = with_identity(identity, "look", look).await?;
+    Ok(found.is_err_and(|error| error.kind() == io::ErrorKind::NotFound))
 }
 
 const FACTS: &str = "state.json";

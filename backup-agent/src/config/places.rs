@@ -121,7 +121,12 @@ impl Places {
             .chain(&inside)
             .filter(|_| !self.is_store_default)
         {
-            problems.extend(nested(Some(folder), root.as_ref()));
+            let apart = nested(Some(folder), root.as_ref());
+            // Said of the store itself already, unless a link leads elsewhere.
+            let is_said = |(_, store): &(_, Resolved)| folder.1.path.starts_with(&store.path);
+            if !own_store.is_some_and(is_said) {
+                problems.extend(apart);
+            }
         }
         // An import only reads its source; what comes after it (a restore, a prune) does not.
         for outer in [&root, &state, &objects] {
