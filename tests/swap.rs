@@ -3,11 +3,13 @@
 //! says which, and whatever command runs next ends what was left half done.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use e2e::agent::{Host, Outcome, Place, Running, boot_id};
+use e2e::binaries::binary;
 use e2e::mount::{Mount, mount, tmpfs};
 use e2e::s3::{Effect, Fault, Kind};
 use e2e::tree::{self, Tree, describe, differences};
@@ -699,6 +701,10 @@ fn a_directory_that_its_owner_may_not_write_to_can_be_moved() {
         };
         // All of it as a user without any right of root's.
         let host = &case.host;
+        // That user may have no way to where it was built.
+        let agent = host.folder.path().join("agent");
+        fs::copy(binary("backup-agent"), &agent).expect("it can be copied");
+        fs::set_permissions(&agent, fs::Permissions::from_mode(0o755)).expect("it is ours");
         let user = host.folder.path().display().to_string();
         let set = |script: &str| {
             let status = Command::new("sh")
@@ -707,13 +713,13 @@ fn a_directory_that_its_owner_may_not_write_to_can_be_moved() {
             assert!(status.is_ok_and(|status| status.success()), "{script}");
         };
         let run = |arguments: &[&str]| {
-            let agent = host.command(arguments);
+            let by_root = host.command(arguments);
             let mut command = Command::new("setpriv");
             command.args(["--reuid=54711", "--regid=54711", "--clear-groups"]);
-            command.arg(agent.get_program()).args(agent.get_args());
+            command.arg(&agent).args(by_root.get_args());
             command.env_clear().env("PATH", "/usr/sbin:/usr/bin:/bin");
             command.envs(
-                agent
+                by_root
                     .get_envs()
                     .filter_map(|(name, value)| Some((name, value?))),
             );
