@@ -470,7 +470,7 @@ fn a_restore_is_not_up_to_date_over_what_a_mapping_has_changed(user: u32, make: 
     let mut gateway = Gateway::start(user);
     gateway.does(&format!("map it {}", disk.path("mapped")));
     gateway.does("write it two");
-    let answer = disk.host.json(&["restore"]);
+    let answer = disk.host.json(&["restore", "--yes"]);
     assert_eq!(answer["unchanged"], false, "{answer}");
     let content = fs::read(disk.path("mapped")).expect("it is restored");
     assert!(content == page("one"));

@@ -102,8 +102,14 @@ pub async fn replace_root(
         state.remember_tree(RootId::at(&config.root)?, Some(describe(new.record)))
     };
     if let Err(error) = remembered.await {
-        // The working directory tells the next run what it has to remember instead.
-        return Ok(Some(not_remembered(&error)));
+        // Of the tree, the working directory tells the next run. Of the head, nothing else does.
+        state.facts.snapshot = None;
+        state.facts.root = None;
+        let warning = not_remembered(&error);
+        return Ok(Some(match state.save() {
+            Ok(()) => warning,
+            Err(_) => format!("{warning}; restore it again before the next backup"),
+        }));
     }
     let left = staging.finish(last).await;
     if !new.is_quiet || left.is_some() {
