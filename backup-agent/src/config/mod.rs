@@ -219,13 +219,16 @@ fn look(places: Places, bound: Duration) -> Result<Result<Real, Vec<String>>, Er
         // Nobody waits any more when the bound ran out.
         let _ = sender.send(places.check());
     });
-    looking.map_err(Error::local("start", "a thread"))?;
-    receiver.recv_timeout(bound).map_err(|_| Error::Timeout {
+    let looking = looking.map_err(Error::local("start", "a thread"))?;
+    let found = receiver.recv_timeout(bound).map_err(|_| Error::Timeout {
         after: bound,
         left:
             "nothing was changed; a file system of the root, the state or the store does not answer"
                 .to_owned(),
-    })
+    })?;
+    // The C library asks each thread to give up supplementary groups, too: there should be none that is about to end.
+    let _ = looking.join();
+    Ok(found)
 }
 
 /// One for each processor, but no more than memory is promised for.
