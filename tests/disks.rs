@@ -95,6 +95,24 @@ fn a_full_state_directory_fails_both_verbs_and_loses_nothing() {
 }
 
 #[test]
+fn a_state_directory_that_fills_up_during_a_walk_is_said_to_be_full() {
+    let place = Place::directory();
+    let host = Host::new(&place);
+    let Some(_disk) = tmpfs(&host.state, "size=256k") else {
+        return;
+    };
+    tree::write(&host.root, "file", "content");
+    host.backup();
+    // Their log of changes takes more than the thread that compresses it is given at once.
+    for number in 0..3000 {
+        tree::write(&host.root, format!("directory/file-{number}"), "");
+    }
+    let _filler = fill(&host.state);
+    let outcome = host.run(&["backup"]).expect(74);
+    assert_says(&outcome, &["RUNTIME_STATE", NO_SPACE]);
+}
+
+#[test]
 fn a_full_root_keeps_the_old_tree_and_is_restored_when_there_is_room() {
     let place = Place::directory();
     let Some((_disk, host)) = host_on(&place, &SMALL) else {

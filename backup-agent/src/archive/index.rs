@@ -43,7 +43,8 @@ pub struct IndexWriter {
     full: SyncSender<Vec<u8>>,
     /// Buffers come back here to be filled again.
     spare: Receiver<Vec<u8>>,
-    compressor: JoinHandle<io::Result<File>>,
+    /// Taken by whoever asks how it ended.
+    compressor: Option<JoinHandle<io::Result<File>>>,
 }
 
 /// Bytes of lines that are handed over at once.
@@ -68,7 +69,7 @@ impl IndexWriter {
             scope,
             full,
             spare,
-            compressor,
+            compressor: Some(compressor),
         })
     }
 
@@ -90,21 +91,24 @@ impl IndexWriter {
             return Ok(());
         }
         let lines = std::mem::replace(&mut self.lines, self.spare.try_recv().unwrap_or_default());
-        // It ends before us only when it failed; `finish` says why.
-        self.full.send(lines).map_err(|_| ended())
+        // It ends before us only when it failed.
+        let sent = self.full.send(lines);
+        sent.or_else(|_| Self::ended(self.compressor.take()).map(drop))
     }
 
     /// Ends the stream; gives the file back, positioned behind it.
-    pub fn finish(self) -> io::Result<File> {
+    pub fn finish(mut self) -> io::Result<File> {
         // Were it not taken, the compressor would have failed, and that is what is told.
         let _ = self.full.send(self.lines);
         drop(self.full);
-        self.compressor.join().map_err(|_| ended())?
+        Self::ended(self.compressor.take())
     }
-}
 
-fn ended() -> io::Error {
-    io::Error::other("its compression ended early")
+    /// What came of the compressor: the file, or why it failed.
+    fn ended(compressor: Option<JoinHandle<io::Result<File>>>) -> io::Result<File> {
+        let ended = compressor.and_then(|compressor| compressor.join().ok());
+        ended.unwrap_or_else(|| Err(io::Error::other("its compression ended early")))
+    }
 }
 
 fn compress(
