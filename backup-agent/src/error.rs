@@ -66,7 +66,7 @@ pub enum Error {
     RootUnfinished { root: PathBuf },
     /// Entries of two trees are in the root, because moving them failed, and moving them back, too.
     #[error(
-        "cannot replace {}, nor put back all of the old tree: nothing is removed, and the next run of any command goes on",
+        "cannot replace {}, nor put back all of the old tree: nothing is removed, and the next backup, restore, verify or prune goes on",
         .root.display()
     )]
     RootHalf { root: PathBuf, source: Box<Error> },

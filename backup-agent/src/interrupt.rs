@@ -67,7 +67,8 @@ pub fn bounded(config: &Config, verb: &Verb) -> Result<Answer, Error> {
     let bound = config.bound(verb);
     let left = match verb {
         Verb::Prune { .. } => "every snapshot that is left is whole, and the next prune goes on",
-        Verb::Restore(_) => {
+        // Of a part of a snapshot, no other run goes on.
+        Verb::Restore(options) if options.paths.is_empty() && !options.dry_run => {
             "the tree is what it was before, and the next restore goes on from what was unpacked"
         }
         _ => "the store holds what it held before",
@@ -120,7 +121,8 @@ pub fn bounded(config: &Config, verb: &Verb) -> Result<Answer, Error> {
 
 /// The error of a run that is stuck after its point of no return.
 fn in_the_middle(mut stopped: Error) -> Error {
-    let middle = "the tree is being replaced: the next run of any command ends that".to_owned();
+    let middle = "the tree is being replaced: the next backup, restore, verify or prune ends that"
+        .to_owned();
     if let Error::Timeout { left, .. } | Error::Interrupted { left, .. } = &mut stopped {
         *left = middle;
     }

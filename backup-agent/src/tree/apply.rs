@@ -156,8 +156,8 @@ impl Applier {
         let (parent, name) = self.tree.place(entry, &self.source)?;
         let content = read::open(parent, &name).ok();
         let status = content.as_ref().map(Content::status);
-        // Another name of it would be changed, too.
-        // A part has no attributes yet, and what is as long as it should be is no part: it is not right.
+        // A part has one name, or the file would change under the other one; no attributes yet; and less than the whole length: what
+        // has that has been judged already, and is not right.
         let is_bare = content.as_ref().is_some_and(|content| {
             read::xattrs(content.file()).is_ok_and(|found| found.all.is_empty() && !found.is_cut)
         });

@@ -6,7 +6,7 @@
 use std::{
     ffi::{CStr, CString},
     io::ErrorKind,
-    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
     os::unix::ffi::OsStrExt,
     path::{Path, PathBuf},
 };
@@ -156,9 +156,7 @@ fn enter(directory: BorrowedFd<'_>, name: &CStr) -> Result<OwnedFd, Errno> {
     let fd = match openat(directory, name, DIRECTORY, Mode::empty()) {
         Err(Errno::EACCES) => {
             let place = openat(directory, name, DIRECTORY | OFlag::O_PATH, Mode::empty())?;
-            let place = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&place));
-            let changed = chmodat(CWD, place, rustix::fs::Mode::RWXU, AtFlags::empty());
-            changed.map_err(|error| Errno::from_raw(error.raw_os_error()))?;
+            change_mode(&place, Mode::S_IRWXU.bits())?;
             openat(directory, name, DIRECTORY, Mode::empty())?
         }
         other => other?,
@@ -168,6 +166,14 @@ fn enter(directory: BorrowedFd<'_>, name: &CStr) -> Result<OwnedFd, Errno> {
         let _ = fchmod(&fd, Mode::S_IRWXU);
     }
     Ok(fd)
+}
+
+/// Changes the mode of what is open without any right on it (`O_PATH`): fchmod(2) takes no such descriptor.
+pub fn change_mode(place: &OwnedFd, mode: u32) -> Result<(), Errno> {
+    let path = format!("/proc/self/fd/{}", place.as_raw_fd());
+    let mode = rustix::fs::Mode::from_raw_mode(mode);
+    let changed = chmodat(CWD, path, mode, AtFlags::empty());
+    changed.map_err(|error| Errno::from_raw(error.raw_os_error()))
 }
 
 #[cfg(test)]

@@ -28,6 +28,7 @@ use super::{
     identity::{Identity, with_identity},
     remove::{remove, remove_at},
     root::RootId,
+    scan::DIRECTORY,
     swap::{self, Settled},
 };
 use crate::{error::Error, interrupt::Finality, log, snapshot::sealed};
@@ -62,14 +63,13 @@ pub struct Work {
     pub fd: OwnedFd,
 }
 
-const DIRECTORY: OFlags = OFlags::RDONLY
-    .union(OFlags::DIRECTORY)
-    .union(OFlags::NOFOLLOW)
-    .union(OFlags::CLOEXEC);
-
 /// Opens a directory and no link to one.
-pub fn open_directory(parent: impl AsFd, name: &CStr) -> Result<OwnedFd, rustix::io::Errno> {
-    openat(parent, name, DIRECTORY, rustix::fs::Mode::empty())
+pub fn open_directory(
+    parent: impl AsFd,
+    path: impl rustix::path::Arg,
+) -> Result<OwnedFd, rustix::io::Errno> {
+    let flags = OFlags::from_bits_retain(DIRECTORY.bits().cast_unsigned());
+    openat(parent, path, flags, rustix::fs::Mode::empty())
 }
 
 /// Whether there is anything of that name.
@@ -97,7 +97,7 @@ impl Work {
     /// The working directory at that path; `None` where there is nothing, or something that is not the caller's own.
     fn existing(path: &Path) -> Result<Option<Self>, Error> {
         let failed = || Error::local("open", path);
-        let fd = match openat(CWD, path, DIRECTORY, rustix::fs::Mode::empty()) {
+        let fd = match open_directory(CWD, path) {
             Ok(fd) => fd,
             Err(rustix::io::Errno::NOENT | rustix::io::Errno::NOTDIR | rustix::io::Errno::LOOP) => {
                 return Ok(None);
@@ -173,8 +173,9 @@ impl Work {
         Ok(sealed::open("the journal of a restore", &bytes).ok())
     }
 
-    /// Writes the journal, so that it survives a loss of power.
-    pub fn write(&self, journal: &Journal) -> Result<(), Error> {
+    /// Writes the journal. `is_synced`: it reaches the disk, as it has to while entries are moved. The first one reaches it with the
+    /// new tree, before any swap.
+    pub fn write(&self, journal: &Journal, is_synced: bool) -> Result<(), Error> {
         let write = || -> io::Result<()> {
             let flags = OFlags::WRONLY
                 | OFlags::CREATE
@@ -184,7 +185,9 @@ impl Work {
             let mode = rustix::fs::Mode::from_raw_mode(0o600);
             let mut file = File::from(openat(&self.fd, JOURNAL_UNDER_WAY, flags, mode)?);
             file.write_all(&sealed::seal(journal))?;
-            file.sync_all()?;
+            if is_synced {
+                file.sync_all()?;
+            }
             renameat(&self.fd, JOURNAL_UNDER_WAY, &self.fd, JOURNAL)?;
             Ok(())
         };
@@ -427,11 +430,12 @@ impl Staging {
             fchown(&fd, Some(identity.uid), Some(identity.gid))
                 .map_err(Error::local("set the owner of a folder in", &work.path))?;
         }
-        work.write(&Journal {
+        let journal = Journal {
             source,
             tree: RootId::of(&fd)?,
             moves: None,
-        })?;
+        };
+        work.write(&journal, false)?;
         Ok(fd)
     }
 

@@ -21,10 +21,13 @@ use nix::{
     sys::stat::{FileStat, Mode, UtimensatFlags, fchmod, fstat, utimensat},
     unistd::fchown,
 };
-use rustix::fs::{AtFlags, CWD, RenameFlags, mkdirat, renameat, renameat_with, unlinkat};
+use rustix::fs::{
+    AtFlags, CWD, OFlags, RenameFlags, mkdirat, openat, renameat, renameat_with, unlinkat,
+};
 use serde::{Deserialize, Serialize};
 
 use super::{
+    remove::change_mode,
     root::RootId,
     staging::{INSIDE, Journal, NEW, Work, is_there, names, open_directory, rename_free},
     status::{hand_over_attributes, time_spec},
@@ -120,7 +123,7 @@ pub fn replace(work: &Work, root: &Path) -> Result<bool, Error> {
     let exchanged = match exchange() {
         Err(Errno::ACCESS) => {
             let new = WayIn::open(work.fd.as_fd(), NEW);
-            let old = as_name(root).map(|root| WayIn::open(CWD, &root));
+            let old = WayIn::open(CWD, root);
             let exchanged = exchange();
             drop((new, old));
             exchanged
@@ -179,7 +182,7 @@ fn replace_entries(work: &Work, root: &Path) -> Result<(), Error> {
 /// Writes down what a run after a kill has to know.
 fn begin(work: &Work, root: &Path) -> Result<Moves, Error> {
     let new = open_directory(&work.fd, NEW).map_err(work.failed("open a folder in"))?;
-    let root_fd = open_directory(CWD, &as_name(root)?).map_err(Error::local("open", root))?;
+    let root_fd = open_directory(CWD, root).map_err(Error::local("open", root))?;
     let status = |fd: &OwnedFd| fstat(fd).map_err(Error::local("look at", root));
     let moves = Moves {
         names: (names(&new)
@@ -200,16 +203,14 @@ fn begin(work: &Work, root: &Path) -> Result<Moves, Error> {
         Ok(()) | Err(rustix::io::Errno::NOENT) => {}
         Err(error) => return Err(work.failed("remove a folder in")(error)),
     }
-    work.write(&Journal {
-        moves: Some(moves.clone()),
-        ..journal
-    })?;
+    work.write(
+        &Journal {
+            moves: Some(moves.clone()),
+            ..journal
+        },
+        true,
+    )?;
     Ok(moves)
-}
-
-fn as_name(path: &Path) -> Result<CString, Error> {
-    let bytes = std::os::unix::ffi::OsStrExt::as_bytes(path.as_os_str());
-    CString::new(bytes).map_err(Error::local("open", path))
 }
 
 /// Finishes or undoes what an earlier run has begun, and discards what is left of it.
@@ -258,7 +259,10 @@ fn end(work: &Work, root: &Path, moves: Moves) -> Result<bool, Error> {
     if !is_back {
         match swap.replace() {
             Ok(()) => return Ok(true),
-            Err(error) => tell_error("it cannot be finished; putting the old tree back", &error),
+            Err(error) => tell_error(
+                "the swap cannot be finished: putting the old tree back",
+                &error,
+            ),
         }
     }
     swap.go_back()?;
@@ -282,7 +286,7 @@ struct Swap<'a> {
 
 impl<'a> Swap<'a> {
     fn open(work: &'a Work, path: &'a Path, moves: Moves) -> Result<Self, Error> {
-        let root = open_directory(CWD, &as_name(path)?).map_err(Error::local("open", path))?;
+        let root = open_directory(CWD, path).map_err(Error::local("open", path))?;
         let new = open_directory(&work.fd, NEW).map_err(work.failed("open a folder in"))?;
         let names = moves.names.iter().cloned().collect();
         // An owner that is not root needs the right to write to move entries; at the end each gets the mode that it has to have.
@@ -380,10 +384,13 @@ impl<'a> Swap<'a> {
             .work
             .journal()?
             .ok_or(Error::Internal("journal of the restore"))?;
-        self.work.write(&Journal {
-            moves: None,
-            ..journal
-        })?;
+        self.work.write(
+            &Journal {
+                moves: None,
+                ..journal
+            },
+            true,
+        )?;
         let removed = unlinkat(&self.work.fd, BACK, AtFlags::REMOVEDIR);
         removed.map_err(self.work.failed("remove a folder in"))
     }
@@ -494,10 +501,11 @@ struct WayIn {
 
 impl WayIn {
     /// `None` where it is no such directory: the next try says what is wrong.
-    fn open(parent: BorrowedFd<'_>, name: &CStr) -> Option<Self> {
-        let directory = open_directory(parent, name).ok()?;
+    fn open(parent: BorrowedFd<'_>, path: impl rustix::path::Arg) -> Option<Self> {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let directory = openat(parent, path, flags, rustix::fs::Mode::empty()).ok()?;
         let mode = fstat(&directory).ok()?.st_mode & 0o7777;
-        fchmod(&directory, Mode::from_bits_truncate(mode | 0o200)).ok()?;
+        change_mode(&directory, mode | 0o200).ok()?;
         Some(Self { directory, mode })
     }
 }
@@ -505,7 +513,7 @@ impl WayIn {
 impl Drop for WayIn {
     fn drop(&mut self) {
         // It was allowed a moment ago.
-        let _ = fchmod(&self.directory, Mode::from_bits_truncate(self.mode));
+        let _ = change_mode(&self.directory, self.mode);
     }
 }
 
