@@ -315,7 +315,9 @@ impl State {
 
     /// Whether the root is the very directory that carries on from what was last seen.
     pub fn is_root_known(&self, root: &Path) -> Result<bool, Error> {
-        Ok(self.facts.root.is_some() && self.facts.root == RootId::at(root)?)
+        Ok(self.doubt.is_none()
+            && self.facts.root.is_some()
+            && self.facts.root == RootId::at(root)?)
     }
 
     /// An empty file for an index under way. Whoever still reads an earlier one goes on reading that.

@@ -18,14 +18,13 @@ use crate::{
 /// what a service takes from one client.
 pub const AT_ONCE: usize = 8;
 
-/// Reads these records, in this order. A snapshot that is not there is left out.
-async fn read(store: &dyn Store, ids: &[String]) -> Vec<Result<Record, Error>> {
-    stream::iter(ids)
-        .map(|id| record::read(store, id))
-        .buffered(AT_ONCE)
-        .filter(|read| std::future::ready(!matches!(read, Err(Error::UnknownSnapshot { .. }))))
-        .collect()
-        .await
+async fn fetch(store: &dyn Store, ids: &[String]) -> Vec<Result<Record, Error>> {
+    let reads = stream::iter(ids).map(|id| record::read(store, id));
+    reads.buffered(AT_ONCE).collect().await
+}
+
+fn is_absent(read: &Result<Record, Error>) -> bool {
+    matches!(read, Err(Error::UnknownSnapshot { .. }))
 }
 
 /// Reads these records, which a listing names. One that is not there has to be gone from the next listing, too: an object that
@@ -34,12 +33,7 @@ pub async fn read_listed(
     store: &dyn Store,
     ids: &[String],
 ) -> Result<Vec<Result<Record, Error>>, Error> {
-    let reads = stream::iter(ids)
-        .map(|id| record::read(store, id))
-        .buffered(AT_ONCE);
-    let mut reads: Vec<_> = reads.collect().await;
-    let is_absent =
-        |read: &Result<Record, Error>| matches!(read, Err(Error::UnknownSnapshot { .. }));
+    let mut reads = fetch(store, ids).await;
     if reads.iter().any(is_absent) {
         let listed: HashSet<String> = record::list(store).await?.into_iter().collect();
         let absent = reads.iter().zip(ids).filter(|(read, _)| is_absent(read));
@@ -74,7 +68,8 @@ pub async fn left_out(
         if named.is_empty() {
             return found;
         }
-        let reads = read(store, &named).await;
+        let mut reads = fetch(store, &named).await;
+        reads.retain(|read| !is_absent(read));
         named = parents(reads.iter().flatten());
         found.extend(reads);
     }

@@ -158,7 +158,8 @@ impl Store for Directory {
                     for entry in entries {
                         let entry = entry?;
                         let name = entry.file_name().to_string_lossy().into_owned();
-                        if !name.starts_with(HIDDEN) && entry.file_type()?.is_file() {
+                        // Whoever reads it finds out what else it may be: it is there.
+                        if !name.starts_with(HIDDEN) {
                             names.push(format!("{prefix}{name}"));
                         }
                     }
@@ -331,7 +332,11 @@ fn tag(bytes: &[u8]) -> String {
 
 fn private() -> OpenOptions {
     let mut options = OpenOptions::new();
-    options.write(true).mode(0o600);
+    // Without it, a pipe of that name waits for its reader.
+    options
+        .write(true)
+        .mode(0o600)
+        .custom_flags(nix::libc::O_NONBLOCK);
     options
 }
 
