@@ -6,6 +6,7 @@ use std::process::{Command, Stdio};
 
 use e2e::agent::{Place, Running};
 use e2e::held::{Held, state};
+use e2e::surroundings::around;
 use e2e::wait::until;
 use rustix::process::Signal;
 use serde_json::Value;
@@ -312,20 +313,8 @@ fn within(held: &mut Held, pause: &str, prepare: &str, program: &str) -> Command
     let mut command = Command::new("unshare");
     command
         .args(["--mount", "sh", "-c"])
-        .arg(format!("{prepare} && exec {program} \"$0\" \"$@\""))
-        .arg(agent.get_program())
-        .args(agent.get_args())
-        .env_clear()
-        .envs(
-            agent
-                .get_envs()
-                .filter_map(|(name, value)| Some((name, value?))),
-        )
-        .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped());
-    command
+        .arg(format!("{prepare} && exec {program} \"$0\" \"$@\""));
+    around(command, &agent)
 }
 
 const HIDES: &str = "mount -t proc -o hidepid=2 proc /proc";
@@ -411,20 +400,8 @@ fn with_fault(held: &mut Held, pause: &str, paths: &[String], fault: &str) -> Co
     for path in paths {
         command.args(["-P", path]);
     }
-    command
-        .args(["-e", &format!("inject={fault}")])
-        .arg(agent.get_program())
-        .args(agent.get_args())
-        .env_clear()
-        .envs(
-            agent
-                .get_envs()
-                .filter_map(|(name, value)| Some((name, value?))),
-        )
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped());
-    command
+    command.args(["-e", &format!("inject={fault}")]);
+    around(command, &agent)
 }
 
 #[test]

@@ -13,6 +13,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use e2e::agent::{Host, Outcome, Place};
 use e2e::forge::holds;
+use e2e::surroundings::around;
 use e2e::tree::{self, assert_same, chown, describe, set_mode};
 use e2e::wait::until;
 use rustix::fs::{CWD, FileType, Mode, OFlags, RenameFlags, XattrFlags};
@@ -335,23 +336,11 @@ fn a_low_limit_of_open_files_costs_what_is_too_deep_for_it() {
     let run = |arguments: &[&str]| {
         let inner = host.command(arguments);
         let mut command = Command::new("sh");
-        command
-            .args([
-                "-c",
-                "ulimit -Sn 256 && ulimit -Hn 256 && exec \"$0\" \"$@\"",
-            ])
-            .arg(inner.get_program())
-            .args(inner.get_args())
-            .env_clear()
-            .envs(
-                inner
-                    .get_envs()
-                    .filter_map(|(name, value)| Some((name, value?))),
-            )
-            .stdin(std::process::Stdio::null())
-            .stdout(std::process::Stdio::piped())
-            .stderr(std::process::Stdio::piped());
-        e2e::agent::Running::start(&mut command).wait()
+        command.args([
+            "-c",
+            "ulimit -Sn 256 && ulimit -Hn 256 && exec \"$0\" \"$@\"",
+        ]);
+        e2e::agent::Running::start(&mut around(command, &inner)).wait()
     };
     let outcome = run(&["backup", "--json"]).expect(0);
     // A run with a higher limit can read it: it is not gone.

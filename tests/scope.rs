@@ -8,6 +8,7 @@ use std::process::Command;
 
 use e2e::agent::{Host, Place};
 use e2e::s3::{Effect, Kind};
+use e2e::surroundings::around;
 use e2e::tree::{self, BLOCK, assert_same, chown, describe, set_mode};
 use rustix::fs::{CWD, FileType, Mode, mknodat};
 
@@ -236,17 +237,10 @@ fn where_the_kernel_keeps_the_users_identity_from_root_nothing_is_read_as_root()
     tree::write(&host.root, "file", "content");
     let agent = host.command(&["backup"]);
     let mut command = Command::new("setpriv");
-    command
-        .args(["--bounding-set=-setuid", "--"])
-        .arg(agent.get_program())
-        .args(agent.get_args())
-        .env_clear()
-        .envs(
-            agent
-                .get_envs()
-                .filter_map(|(name, value)| Some((name, value?))),
-        );
-    let output = command.output().expect("setpriv of util-linux can run");
+    command.args(["--bounding-set=-setuid", "--"]);
+    let output = around(command, &agent)
+        .output()
+        .expect("setpriv of util-linux can run");
     assert_eq!(output.status.code(), Some(74));
     assert_eq!(
         String::from_utf8_lossy(&output.stderr),
@@ -443,19 +437,8 @@ fn a_root_on_a_file_system_of_its_own_is_restored_in_place() {
             "mount --bind \"$1\" \"$1\" && shift && exec \"$@\"",
             "sh",
         ])
-        .arg(&host.root)
-        .arg(inner.get_program())
-        .args(inner.get_args())
-        .env_clear()
-        .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
-        .envs(
-            inner
-                .get_envs()
-                .filter_map(|(name, value)| Some((name, value?))),
-        )
-        .stdin(std::process::Stdio::null())
-        .stdout(std::process::Stdio::piped())
-        .stderr(std::process::Stdio::piped());
+        .arg(&host.root);
+    let mut command = around(command, &inner);
     let _ = e2e::agent::Running::start(&mut command).wait().expect(0);
     assert_same(&before, &describe(&host.root));
     assert_eq!(host.leftovers(), [""; 0]);

@@ -3,6 +3,7 @@
 use e2e::agent::{Host, Place, boot_id, folder};
 use e2e::s3::{BUCKET, Effect, Fault, Kind, Request, S3};
 use e2e::signature::Identity;
+use e2e::surroundings::around;
 use e2e::tree::{self, assert_same, describe, kept};
 
 /// Enough noise for three parts of an upload.
@@ -458,20 +459,8 @@ fn the_bucket_can_be_part_of_the_host_name() {
                 "mount --bind \"$1\" /etc/hosts && shift && exec \"$@\"",
                 "sh",
             ])
-            .arg(&path)
-            .arg(inner.get_program())
-            .args(inner.get_args())
-            .env_clear()
-            .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
-            .envs(
-                inner
-                    .get_envs()
-                    .filter_map(|(name, value)| Some((name, value?))),
-            )
-            .stdin(std::process::Stdio::null())
-            .stdout(std::process::Stdio::piped())
-            .stderr(std::process::Stdio::piped());
-        let outcome = e2e::agent::Running::start(&mut command).wait();
+            .arg(&path);
+        let outcome = e2e::agent::Running::start(&mut around(command, &inner)).wait();
         let _ = outcome.expect(if verb == "list" { 0 } else { 10 });
     }
     let requests = place.s3().take_requests();

@@ -3,7 +3,7 @@
 
 use std::io::{Read as _, Write as _};
 use std::path::PathBuf;
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -14,6 +14,7 @@ use e2e::mount::tmpfs;
 use e2e::openclaw::repository;
 use e2e::s3::wire::Answer;
 use e2e::s3::{BUCKET, Kind};
+use e2e::surroundings::around;
 use e2e::tree::{self, assert_same, describe};
 use serde_json::Value;
 
@@ -930,7 +931,7 @@ fn a_name_is_found_where_the_question_for_the_other_family_fails() {
         ] {
             let host = at(&place, "http://store.test:9000".to_owned());
             let arguments = ["--net", "--mount", "python3", &script, family, failure];
-            let mut command = around("unshare", &arguments, &host, &["list", "--json"]);
+            let mut command = behind("unshare", &arguments, &host, &["list", "--json"]);
             let outcome = Running::start(&mut command).wait();
             assert_eq!(outcome.code, Some(0), "{family} {failure}: {outcome:?}");
         }
@@ -938,25 +939,10 @@ fn a_name_is_found_where_the_question_for_the_other_family_fails() {
 }
 
 /// The agent with another program around it.
-fn around(program: &str, arguments: &[&str], host: &Host, verb: &[&str]) -> Command {
-    let agent = host.command(verb);
-    let mut command = Command::new(program);
-    command
-        .args(arguments)
-        .arg(agent.get_program())
-        .args(agent.get_args())
-        .env_clear();
-    let environment = agent
-        .get_envs()
-        .filter_map(|(name, value)| Some((name, value?)));
-    command
-        .env("PATH", std::env::var_os("PATH").unwrap_or_default())
-        .envs(environment);
-    command
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped());
-    command
+fn behind(program: &str, arguments: &[&str], host: &Host, verb: &[&str]) -> Command {
+    let mut outer = Command::new(program);
+    outer.args(arguments);
+    around(outer, &host.command(verb))
 }
 
 /// A run in which a system call on some folders of a store fails.
@@ -971,7 +957,7 @@ fn with_fault(call: &str, errno: &str, paths: &[PathBuf], host: &Host, verb: &st
     for path in &paths {
         arguments.extend(["-P", path]);
     }
-    let mut command = around("strace", &arguments, host, &[verb, "--json"]);
+    let mut command = behind("strace", &arguments, host, &[verb, "--json"]);
     Running::start(&mut command).wait()
 }
 
@@ -1120,6 +1106,31 @@ fn a_store_whose_records_are_all_gone_keeps_its_layers() {
     let kept = place.keys("layers/");
     let outcome = host.run(&["prune"]).expect(0);
     assert_eq!(place.keys("layers/"), kept, "{outcome:?}");
+}
+
+/// A record that is a link into another folder is there; one that leads nowhere is no absence.
+#[test]
+fn a_record_that_is_a_link_is_listed_and_its_layers_stay() {
+    let place = Place::directory();
+    let host = with_file(&place);
+    let first = host.backup();
+    tree::write(&host.root, "since", "since");
+    host.backup();
+    let Place::Directory(folder) = &place else {
+        unreachable!("it was made as one");
+    };
+    let records = folder.path().join("store").join(INSTANCE).join("snapshots");
+    let record = records.join(format!("{first}.json"));
+    let elsewhere = folder.path().join("elsewhere");
+    std::fs::rename(&record, &elsewhere).expect("it can be moved");
+    std::os::unix::fs::symlink(&elsewhere, &record).expect("it can be made");
+    let listed = host.json(&["list"]);
+    assert_eq!(listed["snapshots"].as_array().map(Vec::len), Some(2));
+    std::fs::remove_file(&elsewhere).expect("it is there");
+    let layers = place.keys("layers/");
+    let refused = host.run(&["prune", "--json"]);
+    assert_eq!(refused.code, Some(75), "{refused:?}");
+    assert_eq!(place.keys("layers/"), layers);
 }
 
 #[test]

@@ -2,16 +2,18 @@
 //! directories can be exchanged and where entries have to be moved: the root is the old tree or the new one, whole, the exit code
 //! says which, and whatever command runs next ends what was left half done.
 
+use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use e2e::agent::{Host, Outcome, Place, Running, boot_id};
 use e2e::binaries::binary;
 use e2e::mount::{Mount, mount, tmpfs};
 use e2e::s3::{Effect, Fault, Kind};
+use e2e::surroundings::around;
 use e2e::tree::{self, Tree, describe, differences};
 
 /// The calls that change a directory, or make a change last.
@@ -105,18 +107,7 @@ impl Case {
             "-e".to_owned(),
             format!("inject={calls}:{inject}"),
         ]);
-        command
-            .arg(agent.get_program())
-            .args(agent.get_args())
-            .env_clear();
-        command.env("PATH", "/usr/bin:/bin").stdin(Stdio::null());
-        command.stdout(Stdio::piped()).stderr(Stdio::piped());
-        command.envs(
-            agent
-                .get_envs()
-                .filter_map(|(name, value)| Some((name, value?))),
-        );
-        Running::start(&mut command).wait()
+        Running::start(&mut around(command, &agent)).wait()
     }
 
     fn is(&self, tree: &Tree) -> bool {
@@ -716,18 +707,14 @@ fn a_directory_that_its_owner_may_not_write_to_can_be_moved() {
             let by_root = host.command(arguments);
             let mut command = Command::new("setpriv");
             command.args(["--reuid=54711", "--regid=54711", "--clear-groups"]);
-            command.arg(&agent).args(by_root.get_args());
-            command.env_clear().env("PATH", "/usr/sbin:/usr/bin:/bin");
-            command.envs(
-                by_root
-                    .get_envs()
-                    .filter_map(|(name, value)| Some((name, value?))),
-            );
-            command
-                .stdin(Stdio::null())
-                .stdout(Stdio::piped())
-                .stderr(Stdio::piped());
-            Running::start(&mut command).wait()
+            // The copy runs in the place of the program.
+            command.args([
+                OsStr::new("sh"),
+                OsStr::new("-c"),
+                OsStr::new("agent=$1 && shift 2 && exec \"$agent\" \"$@\""),
+            ]);
+            command.arg("sh").arg(&agent);
+            Running::start(&mut around(command, &by_root)).wait()
         };
         set("chown -R 54711:54711 \"$1\" && chmod 755 \"$1\"");
         let Place::Directory(store) = &case.place else {
@@ -743,7 +730,7 @@ fn a_directory_that_its_owner_may_not_write_to_can_be_moved() {
         let before = content(&host.root);
         let _ = run(&["backup", "--json"]).expect(0);
         set(
-            "chmod 755 \"$1/root\" \"$1/root/a\" && rm -r \"$1/root/\"* && mkdir \"$1/root/other\" && chmod 555 \"$1/root/other\" && chown -R 54711 \"$1/root\"",
+            "chmod 755 \"$1/root\" \"$1/root/a\" && rm -r \"$1/root/\"* && mkdir \"$1/root/other\" \"$1/root/shut\" && chmod 555 \"$1/root/other\" && chmod 0 \"$1/root/shut\" && chown -R 54711 \"$1/root\"",
         );
         let restored = run(&["restore", "--yes", "--json"]);
         assert_eq!(restored.code, Some(0), "{way:?}: {restored:?}");

@@ -10,6 +10,7 @@ use std::process::{Command, Stdio};
 use e2e::agent::{Host, Place, Running, folder};
 use e2e::mount::{Mount, mount, tmpfs};
 use e2e::supervisor::Setup;
+use e2e::surroundings::around;
 use e2e::tree::{self, assert_same, chown, describe, is_root, set_mode, set_mtime};
 use e2e::wait::until_some;
 use rustix::fs::{XattrFlags, getxattr, setxattr};
@@ -362,21 +363,9 @@ fn capabilities_and_set_id_bits_come_back_with_their_owner_only() {
         let path = target.display().to_string();
         let inner = host.command(&["restore", "--json", "--target", &path]);
         let mut command = Command::new("setpriv");
-        command
-            .args(before)
-            .arg(inner.get_program())
-            .args(inner.get_args());
-        command.env_clear();
-        command.envs(
-            inner
-                .get_envs()
-                .filter_map(|(name, value)| Some((name, value?))),
-        );
+        command.args(before);
+        let mut command = around(command, &inner);
         command.envs(settings.iter().copied());
-        command
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped());
         let answer = Running::start(&mut command).wait().expect(0).json();
         let (_, paths) = lost(&answer);
         let paths = paths.join(" ");
@@ -436,21 +425,8 @@ fn times_that_a_disk_cannot_keep_are_named() {
 /// Runs a program with a umask.
 fn with_umask(mask: &str, inner: &Command) -> Command {
     let mut command = Command::new("sh");
-    command
-        .args(["-c", "umask \"$1\" && shift && exec \"$@\"", "sh", mask])
-        .arg(inner.get_program())
-        .args(inner.get_args())
-        .env_clear()
-        .envs(
-            inner
-                .get_envs()
-                .filter_map(|(name, value)| Some((name, value?))),
-        );
-    command
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped());
-    command
+    command.args(["-c", "umask \"$1\" && shift && exec \"$@\"", "sh", mask]);
+    around(command, inner)
 }
 
 /// The modes of everything below a folder.

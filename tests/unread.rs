@@ -14,6 +14,7 @@ use std::process::Command;
 use e2e::agent::{Host, Outcome, Place};
 use e2e::mount::mount;
 use e2e::seeds::{Choices, rounds};
+use e2e::surroundings::around;
 use e2e::syscalls::{Call, Fault, Traced, run};
 use e2e::tree::{self, Node, Tree, describe, differences, is_root, noise};
 use nix::errno::Errno;
@@ -546,16 +547,8 @@ fn too_few_descriptors_take_nothing_out_of_a_snapshot() {
         let mut command = Command::new("sh");
         command
             .args(["-c", "ulimit -n \"$1\" && shift && exec \"$@\"", "sh"])
-            .arg(limit.to_string())
-            .arg(agent.get_program())
-            .args(agent.get_args())
-            .env_clear()
-            .envs(
-                agent
-                    .get_envs()
-                    .filter_map(|(name, value)| Some((name, value?))),
-            );
-        let traced = run(&command, &case.host.root, None);
+            .arg(limit.to_string());
+        let traced = run(&around(command, &agent), &case.host.root, None);
         let what = format!("{limit} descriptors");
         if traced.outcome.code == Some(0) {
             seen.insert(!case.judge(&traced.outcome, &what).is_empty());

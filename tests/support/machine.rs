@@ -12,6 +12,7 @@ use crate::binaries::binary;
 use crate::device::{Device, Welcome};
 use crate::openclaw::{OpenClaw, prepare_script};
 use crate::supervisor::{Setup, Supervisor, place};
+use crate::surroundings::around;
 
 type Outcome<T = ()> = Result<T, Box<dyn Error>>;
 
@@ -99,18 +100,9 @@ fn within(namespace: &str, prepare: &str, program: &Command) -> Command {
     let mut within = Command::new("unshare");
     within
         .args([namespace, "sh", "-c"])
-        .arg(format!("{prepare} && exec \"$0\" \"$@\""))
-        .arg(program.get_program())
-        .args(program.get_args())
-        .env_clear()
-        .envs(
-            program
-                .get_envs()
-                .filter_map(|(name, value)| Some((name, value?))),
-        )
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::piped());
+        .arg(format!("{prepare} && exec \"$0\" \"$@\""));
+    let mut within = around(within, program);
+    within.stdout(Stdio::null());
     within
 }
 

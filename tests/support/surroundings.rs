@@ -1,10 +1,11 @@
 //! What keeps a test apart from the machine it runs on: a known umask, folders that every user may enter, and programs that
 //! get no variable and no default user of the machine.
 
+use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::sync::Once;
 
 use nix::sys::stat::{Mode, umask};
@@ -62,4 +63,20 @@ pub const GATEWAY_USER: &str = "RUNTIME_GATEWAY_USER";
 /// Who runs the tests, as a setting names him.
 pub fn caller() -> String {
     geteuid().to_string()
+}
+
+/// A program that ends by running another one, such as strace(1) or `sh -c '… exec "$@"'`: `inner` and its arguments come behind
+/// the outer one's own. It gets the system's programs and the inner one's variables, and pipes for its output.
+pub fn around(mut outer: Command, inner: &Command) -> Command {
+    let set = |(name, value): (&OsStr, Option<&OsStr>)| Some((name.to_owned(), value?.to_owned()));
+    outer
+        .arg(inner.get_program())
+        .args(inner.get_args())
+        .env_clear()
+        .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
+        .envs(inner.get_envs().filter_map(set))
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    outer
 }
