@@ -1113,14 +1113,16 @@ fn a_store_whose_records_are_all_gone_keeps_its_layers() {
 fn a_record_that_is_a_link_is_listed_and_its_layers_stay() {
     let place = Place::directory();
     let host = with_file(&place);
-    let first = host.backup();
-    tree::write(&host.root, "since", "since");
     host.backup();
+    tree::write(&host.root, "since", "since");
+    let newest = host.backup();
+    // Nothing else names it.
+    place.remove("head.json");
     let Place::Directory(folder) = &place else {
         unreachable!("it was made as one");
     };
     let records = folder.path().join("store").join(INSTANCE).join("snapshots");
-    let record = records.join(format!("{first}.json"));
+    let record = records.join(format!("{newest}.json"));
     let elsewhere = folder.path().join("elsewhere");
     std::fs::rename(&record, &elsewhere).expect("it can be moved");
     std::os::unix::fs::symlink(&elsewhere, &record).expect("it can be made");
