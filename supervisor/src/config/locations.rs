@@ -38,6 +38,10 @@ pub fn file(text: &str) -> Result<PathBuf, String> {
 
 /// An IP address or `localhost`: a name would need a resolver, and the gateway listens on loopback only.
 pub fn gateway_url(text: &str) -> Result<SocketAddr, String> {
+    if text.contains('@') {
+        // Not shown: a password may be in it.
+        return Err("it must have no user name and no password".to_owned());
+    }
     let authority = text
         .strip_prefix("http://")
         .map(|rest| rest.strip_suffix('/').unwrap_or(rest));
@@ -74,5 +78,7 @@ mod tests {
         ] {
             assert!(gateway_url(text).is_err(), "{text:?}");
         }
+        let refused = gateway_url("http://user:a-secret@127.0.0.1:1");
+        assert!(refused.is_err_and(|problem| !problem.contains("a-secret")));
     }
 }
