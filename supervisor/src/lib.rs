@@ -3,6 +3,7 @@
 mod agent;
 mod api;
 mod backups;
+mod blocking;
 mod capabilities;
 mod clock;
 mod config;

@@ -1,0 +1,96 @@
+//! System calls that may hang in the kernel, such as those on a dead disk: each on a thread of its own, awaited within a bound.
+//!
+//! Invariants: the event loop never waits for a disk; at most `MAX_THREADS` threads hang at once, and further calls fail at once.
+
+use std::io;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use tokio::sync::oneshot;
+use tokio::time::timeout;
+
+/// Each has a stack of its own, and a hung one keeps it.
+const MAX_THREADS: usize = 8;
+const STACK: usize = 256 * 1024;
+
+static THREADS: AtomicUsize = AtomicUsize::new(0);
+
+/// Runs `call` on a thread. A call that takes longer than `limit` goes on, and its result is dropped.
+///
+/// # Errors
+/// `TimedOut` after `limit`, or when too many calls hang already; what the kernel says when it gives no thread.
+#[cfg_attr(not(test), expect(dead_code, reason = "its callers follow"))]
+pub async fn within<T: Send + 'static>(
+    limit: Duration,
+    call: impl FnOnce() -> T + Send + 'static,
+) -> io::Result<T> {
+    let place = Place::take().ok_or_else(hung)?;
+    let (sender, receiver) = oneshot::channel();
+    let work = move || {
+        let result = call();
+        drop(place);
+        // Nobody waits for it any more when the time is over.
+        let _ = sender.send(result);
+    };
+    thread::Builder::new().stack_size(STACK).spawn(work)?;
+    match timeout(limit, receiver).await {
+        Ok(Ok(result)) => Ok(result),
+        Ok(Err(_)) => Err(io::Error::other("a bug in the runtime ended the call")),
+        Err(_) => Err(hung()),
+    }
+}
+
+fn hung() -> io::Error {
+    io::Error::new(
+        io::ErrorKind::TimedOut,
+        "the disk does not answer: check the file system below it",
+    )
+}
+
+/// One of the `MAX_THREADS`; given back when the call has ended.
+struct Place;
+
+impl Place {
+    fn take() -> Option<Self> {
+        let add = |count| (count < MAX_THREADS).then_some(count + 1);
+        let taken = THREADS.fetch_update(Ordering::Relaxed, Ordering::Relaxed, add);
+        taken.is_ok().then(|| Self)
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        THREADS.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use super::*;
+
+    const SOON: Duration = Duration::from_millis(1);
+    const LATE: Duration = Duration::from_mins(1);
+
+    #[tokio::test]
+    async fn calls_that_hang_are_given_up_and_at_most_so_many_hang() {
+        let kind = |result: io::Result<bool>| result.map_err(|error| error.kind());
+        assert_eq!(kind(within(LATE, || true).await), Ok(true));
+        let mut ends = Vec::new();
+        for _ in 0..MAX_THREADS {
+            let (end, hang) = mpsc::channel::<()>();
+            let hung = within(SOON, move || hang.recv().is_ok()).await;
+            assert_eq!(kind(hung), Err(io::ErrorKind::TimedOut));
+            ends.push(end);
+        }
+        let refused = within(LATE, || panic!("there is no thread for it")).await;
+        assert_eq!(kind(refused), Err(io::ErrorKind::TimedOut));
+        drop(ends);
+        while THREADS.load(Ordering::Relaxed) > 0 {
+            thread::yield_now();
+        }
+        assert_eq!(kind(within(LATE, || true).await), Ok(true));
+    }
+}
