@@ -78,16 +78,16 @@ mod tests {
     async fn calls_that_hang_are_given_up_and_at_most_so_many_hang() {
         let kind = |result: io::Result<bool>| result.map_err(|error| error.kind());
         assert_eq!(kind(within(LATE, || true).await), Ok(true));
-        let mut ends = Vec::new();
+        let mut held = Vec::new();
         for _ in 0..MAX_THREADS {
             let (end, hang) = mpsc::channel::<()>();
             let hung = within(SOON, move || hang.recv().is_ok()).await;
             assert_eq!(kind(hung), Err(io::ErrorKind::TimedOut));
-            ends.push(end);
+            held.push(end);
         }
         let refused = within(LATE, || panic!("there is no thread for it")).await;
         assert_eq!(kind(refused), Err(io::ErrorKind::TimedOut));
-        drop(ends);
+        drop(held);
         while THREADS.load(Ordering::Relaxed) > 0 {
             thread::yield_now();
         }
