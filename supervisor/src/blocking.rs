@@ -20,7 +20,6 @@ static THREADS: AtomicUsize = AtomicUsize::new(0);
 ///
 /// # Errors
 /// `TimedOut` after `limit`, or when too many calls hang already; what the kernel says when it gives no thread.
-#[cfg_attr(not(test), expect(dead_code, reason = "its callers follow"))]
 pub async fn within<T: Send + 'static>(
     limit: Duration,
     call: impl FnOnce() -> T + Send + 'static,
@@ -78,16 +77,16 @@ mod tests {
     async fn calls_that_hang_are_given_up_and_at_most_so_many_hang() {
         let kind = |result: io::Result<bool>| result.map_err(|error| error.kind());
         assert_eq!(kind(within(LATE, || true).await), Ok(true));
-        let mut held = Vec::new();
+        let mut senders = Vec::new();
         for _ in 0..MAX_THREADS {
-            let (end, hang) = mpsc::channel::<()>();
-            let hung = within(SOON, move || hang.recv().is_ok()).await;
+            let (sender, receiver) = mpsc::channel::<()>();
+            let hung = within(SOON, move || receiver.recv().is_ok()).await;
             assert_eq!(kind(hung), Err(io::ErrorKind::TimedOut));
-            held.push(end);
+            senders.push(sender);
         }
         let refused = within(LATE, || panic!("there is no thread for it")).await;
         assert_eq!(kind(refused), Err(io::ErrorKind::TimedOut));
-        drop(held);
+        drop(senders);
         while THREADS.load(Ordering::Relaxed) > 0 {
             thread::yield_now();
         }

@@ -38,6 +38,11 @@ pub enum Error {
     },
     #[error("cannot check the settings: {executable} {reason}")]
     NoCheck { executable: PathBuf, reason: String },
+    #[error(
+        "cannot start: another supervisor (process {holder}) works with the state {}; stop it, or set another RUNTIME_STATE",
+        .state.display()
+    )]
+    Another { state: PathBuf, holder: String },
     #[error("cannot reach the supervisor on {address}: {reason}")]
     Unhealthy { address: SocketAddr, reason: String },
 }

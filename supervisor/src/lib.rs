@@ -12,12 +12,14 @@ mod final_snapshot;
 mod gateway;
 mod healthcheck;
 mod log;
+mod only;
 mod oom;
 mod owner;
 mod reaper;
 mod redact;
 mod secret;
 mod signals;
+mod spawn;
 mod status;
 mod stderr;
 pub mod untrusted;
@@ -149,6 +151,7 @@ fn supervise(config: Config, signals: Signals) -> Result<bool, Error> {
     }
     // A child's orphans come to us even when we are not PID 1.
     prctl::set_child_subreaper(true).map_err(|error| start("adopting orphans")(error.into()))?;
+    let _lock = only::lock(&config.state)?;
     runtime()?.block_on(serve(Arc::new(config), executable()?, signals))
 }
 
@@ -176,12 +179,12 @@ async fn serve(config: Arc<Config>, agent: PathBuf, signals: Signals) -> Result<
     tokio::spawn(forward(termination, events.clone()));
     let context = Context::new(config.clone(), status, events.clone());
     let server = Server::start(listener, Arc::new(context));
-    let is_saved = Owner::new(config, agent, reaper, events, published)
+    let ended = Owner::new(config, agent, reaper, events, published)
         .run(inbox)
         .await;
     server.drain().await;
-    log!(Info, "stopped", is_saved = is_saved);
-    Ok(is_saved)
+    log!(Info, "stopped", is_saved = ended.is_saved);
+    Ok(ended.is_well)
 }
 
 async fn forward(mut termination: Wakeups, events: owner::Events) {

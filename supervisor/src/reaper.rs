@@ -7,7 +7,7 @@
 use std::collections::HashMap;
 use std::io;
 use std::os::unix::process::ExitStatusExt as _;
-use std::process::{Child, Command, ExitStatus};
+use std::process::ExitStatus;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, kill};
@@ -17,6 +17,7 @@ use tokio::task::yield_now;
 
 use crate::log::log;
 use crate::signals::Wakeups;
+use crate::spawn::{ParentEnds, Program, pipes};
 
 /// Reaped in one go, before everything else gets a turn: orphans that never end must not keep PID 1 from its work.
 const BATCH: usize = 256;
@@ -28,47 +29,75 @@ pub struct Exit {
     pub signal: Option<i32>,
 }
 
-type Children = HashMap<i32, oneshot::Sender<Exit>>;
+/// Whose a child is. A sweep of the gateway spares the runtime's own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Side {
+    Gateway,
+    Runtime,
+}
+
+/// A child that was started.
+pub struct Child {
+    pub pid: Pid,
+    pub exit: oneshot::Receiver<Exit>,
+}
+
+type Children = HashMap<i32, (Side, oneshot::Sender<Exit>)>;
 
 #[derive(Clone, Default)]
 pub struct Reaper(Arc<Mutex<Children>>);
 
 impl Reaper {
-    /// Starts a child. Its exit comes through the receiver, once.
-    pub fn spawn(&self, command: &mut Command) -> io::Result<(Child, oneshot::Receiver<Exit>)> {
+    /// Starts a program. Its exit comes through the receiver, once; whether it was executed is told by `ParentEnds::start`.
+    ///
+    /// # Errors
+    /// No descriptor or no process is left.
+    pub fn spawn(&self, program: &Program, side: Side) -> io::Result<(Child, ParentEnds)> {
+        let (ends, child_ends) = pipes()?;
+        let child = self.fork(side, program.into_child(child_ends))?;
+        Ok((child, ends))
+    }
+
+    /// Runs `work` in a copy of us, which then exits with the code that `work` returns.
+    ///
+    /// `work` may make system calls that are safe in a signal handler, and nothing else.
+    ///
+    /// # Errors
+    /// No process is left.
+    #[allow(unsafe_code)]
+    pub fn fork(&self, side: Side, work: impl FnOnce() -> i32) -> io::Result<Child> {
         let mut children = self.children();
         // All that can fail is done before there is a child.
         children.reserve(1);
-        let (sender, receiver) = oneshot::channel();
-        let child = command.spawn()?;
-        children.insert(pid(&child).as_raw(), sender);
-        // It wakes us when it has become its program, on the processor that it then waits for.
-        std::thread::yield_now();
-        Ok((child, receiver))
-    }
-
-    /// Runs `work` in a copy of us, which then exits: 0 when it says so, else 1.
-    ///
-    /// `work` may make system calls that are safe in a signal handler, and nothing else.
-    #[allow(unsafe_code)]
-    pub fn fork(&self, work: impl FnOnce() -> bool) -> io::Result<oneshot::Receiver<Exit>> {
-        let mut children = self.children();
-        children.reserve(1);
-        let (sender, receiver) = oneshot::channel();
+        let (sender, exit) = oneshot::channel();
         // Our handlers write to pipes that the copy shares with us: a signal to it would be taken for one to us.
         let mask = SigSet::all().thread_swap_mask(SigmaskHow::SIG_SETMASK)?;
         // SAFETY: the copy does `work`, which keeps to what is allowed here, and leaves without unwinding or clean-up.
         let forked = unsafe { fork() };
         if let Ok(ForkResult::Child) = forked {
-            let code = i32::from(!work());
+            let code = work();
             // SAFETY: ends the process at once; no memory is involved.
             unsafe { libc::_exit(code) }
         }
         mask.thread_set_mask()?;
-        if let ForkResult::Parent { child } = forked? {
-            children.insert(child.as_raw(), sender);
+        match forked? {
+            ForkResult::Parent { child: pid } => {
+                children.insert(pid.as_raw(), (side, sender));
+                Ok(Child { pid, exit })
+            }
+            ForkResult::Child => unreachable!("it has left"),
         }
-        Ok(receiver)
+    }
+
+    /// Kills those of these children that are not the runtime's own, and says which they are.
+    pub fn kill_gateways(&self, pids: Vec<Pid>) -> Vec<Pid> {
+        let children = self.children();
+        let mut pids = pids;
+        pids.retain(|pid| !matches!(children.get(&pid.as_raw()), Some((Side::Runtime, _))));
+        for pid in &pids {
+            let _ = kill(*pid, Signal::SIGKILL);
+        }
+        pids
     }
 
     /// Signals a child that has not been reaped, so that the pid is still its own; any other is left alone.
@@ -97,7 +126,7 @@ impl Reaper {
             };
             match children.remove(&pid) {
                 // The receiver is gone when nobody cares any more.
-                Some(known) => drop(known.send(exit)),
+                Some((_, known)) => drop(known.send(exit)),
                 None => log!(Debug, "orphan reaped", pid = pid),
             }
         }
@@ -107,10 +136,6 @@ impl Reaper {
     fn children(&self) -> MutexGuard<'_, Children> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-pub fn pid(child: &Child) -> Pid {
-    Pid::from_raw(i32::try_from(child.id()).expect("the kernel's pids are positive and fit"))
 }
 
 /// One child that has ended, if there is one.
@@ -139,6 +164,15 @@ fn wait() -> Option<(i32, Exit)> {
 }
 
 impl Exit {
+    /// For a sentence that says how a process ended.
+    pub fn describe(self) -> String {
+        match (self.code, self.signal_name()) {
+            (Some(code), _) => format!("exit code {code}"),
+            (None, Some(signal)) => signal,
+            (None, None) => "an unknown status".to_owned(),
+        }
+    }
+
     /// The name of the signal, as `kill -l` knows it.
     pub fn signal_name(self) -> Option<String> {
         self.signal.map(|number| {
@@ -156,7 +190,7 @@ mod tests {
     use std::cell::Cell;
     use std::thread::yield_now;
 
-    use super::*;
+    use super::{Reaper, Side};
 
     /// The system's allocator, which counts the requests of each thread.
     struct Counting;
@@ -186,9 +220,8 @@ mod tests {
     #[test]
     fn from_the_wait_to_the_hand_over_nothing_is_allocated() {
         let reaper = Reaper::default();
-        let (_, mut known) = reaper.spawn(&mut Command::new("true")).expect("runs");
-        let (_, unknown) = reaper.spawn(&mut Command::new("false")).expect("runs");
-        drop(unknown);
+        let mut known = reaper.fork(Side::Runtime, || 0).expect("runs").exit;
+        drop(reaper.fork(Side::Runtime, || 1).expect("runs"));
         let before = REQUESTS.get();
         while !reaper.children().is_empty() {
             reaper.reap();

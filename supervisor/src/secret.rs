@@ -55,7 +55,7 @@ impl fmt::Debug for Secret {
 pub struct Secrets(pub Vec<Secret>);
 
 /// Longest sentence of others that is shown or logged.
-const MAX_SENTENCE: usize = 400;
+const MAX_SENTENCE: usize = 1000;
 
 impl Secrets {
     /// Text of another program without any secret in it, cut to so many bytes.

@@ -8,10 +8,14 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
 use nix::sys::signal::SigSet;
-use signal_hook::consts::{SIGCHLD, SIGHUP, SIGINT, SIGTERM};
+use signal_hook::consts::{SIGCHLD, SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 use signal_hook::flag;
 use signal_hook::low_level::pipe;
 use tokio::io::AsyncReadExt as _;
+
+/// How service managers and container engines say "stop": SIGQUIT where an image asks for it (`STOPSIGNAL`), SIGPWR by LXC,
+/// SIGRTMIN+3 by Podman and nspawn. That one counts from 34 whatever the C library (signal(7)): it is sent from outside.
+const TERMINATION: [i32; 5] = [SIGTERM, SIGINT, SIGQUIT, libc::SIGPWR, 34 + 3];
 
 /// The reading ends, ready before anything else is.
 pub struct Signals {
@@ -25,8 +29,9 @@ impl Signals {
         let (children, wake) = UnixStream::pair()?;
         pipe::register(SIGCHLD, wake)?;
         let (termination, wake) = UnixStream::pair()?;
-        pipe::register(SIGTERM, wake.try_clone()?)?;
-        pipe::register(SIGINT, wake)?;
+        for signal in TERMINATION {
+            pipe::register(signal, wake.try_clone()?)?;
+        }
         flag::register(SIGHUP, Arc::default())?;
         // Whoever started us may have blocked them, and a mask survives exec.
         SigSet::empty().thread_set_mask()?;
@@ -36,7 +41,7 @@ impl Signals {
         })
     }
 
-    /// SIGCHLD, and SIGTERM or SIGINT.
+    /// SIGCHLD, and the signals that ask us to stop.
     pub fn listen(self) -> io::Result<(Wakeups, Wakeups)> {
         Ok((
             Wakeups::new(self.children)?,

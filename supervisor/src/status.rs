@@ -39,31 +39,68 @@ pub struct Status {
     pub is_forking: bool,
     pub backup_progress: Option<Progress>,
     pub restore_progress: Option<Progress>,
+    /// What the run under way waits for.
+    pub backup_waiting: Option<String>,
+    pub restore_waiting: Option<String>,
     pub restore: &'static str,
     pub restored: Option<String>,
     pub restore_error: Option<String>,
     pub openclaw: Option<String>,
 }
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct LastExit {
     pub exit: Exit,
-    /// Whether the kernel killed it because memory ran out.
-    pub is_oom: bool,
+    pub reason: Option<ExitReason>,
+    /// A sentence about the reason.
+    pub message: Option<String>,
     pub at: SystemTime,
 }
 
+/// Why the gateway ended, where the code and the signal do not tell.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ExitReason {
+    /// The kernel killed it because memory ran out.
+    Oom,
+    /// It was not ready in time.
+    StartupTimeout,
+    /// It was asked to end and did not.
+    Killed,
+    /// The prepare step failed.
+    Prepare,
+    /// A step before its exec failed, or the exec itself.
+    Exec,
+}
+
+impl ExitReason {
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Oom => "oom",
+            Self::StartupTimeout => "startup_timeout",
+            Self::Killed => "killed",
+            Self::Prepare => "prepare",
+            Self::Exec => "exec",
+        }
+    }
+}
+
 impl LastExit {
-    pub fn now(exit: Exit, is_oom: bool) -> Self {
+    pub fn now(exit: Exit, reason: Option<ExitReason>, message: Option<String>) -> Self {
         let at = SystemTime::now();
-        Self { exit, is_oom, at }
+        Self {
+            exit,
+            reason,
+            message,
+            at,
+        }
     }
 
-    fn render(self) -> Value {
+    fn render(&self) -> Value {
         json!({
             "code": self.exit.code,
             "signal": self.exit.signal_name(),
-            "reason": self.is_oom.then_some("oom"),
+            "reason": self.reason.map(ExitReason::word),
+            "message": self.message,
             "at": rfc3339(self.at),
         })
     }
@@ -90,6 +127,8 @@ impl Status {
             is_forking: false,
             backup_progress: None,
             restore_progress: None,
+            backup_waiting: None,
+            restore_waiting: None,
             restore: "running",
             restored: None,
             restore_error: None,
@@ -109,7 +148,7 @@ impl Status {
                 "pid": self.pid,
                 "since": rfc3339(self.since),
                 "restarts": self.restarts,
-                "lastExit": self.last_exit.map(LastExit::render),
+                "lastExit": self.last_exit.as_ref().map(LastExit::render),
                 "nextAttemptAt": self.next_attempt.map(rfc3339),
                 "stderrTail": self.stderr_tail(config),
             },
@@ -122,12 +161,14 @@ impl Status {
                 "lastErrorAt": error_at,
                 "nextAt": self.next_backup.map(rfc3339),
                 "progress": self.backup_progress.map(Progress::render),
+                "waiting": self.backup_waiting,
             },
             "restore": {
                 "status": self.restore,
                 "snapshot": self.restored,
                 "error": self.restore_error,
                 "progress": self.restore_progress.map(Progress::render),
+                "waiting": self.restore_waiting,
             },
             "instance": { "id": config.instance_id, "type": config.instance_type },
             "container": { "instanceType": config.instance_type },

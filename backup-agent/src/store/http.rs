@@ -1,6 +1,12 @@
 //! One HTTP request to the service, bounded in time and bytes.
 
-use std::{io, num::NonZeroU64, sync::Mutex, time::Duration};
+use std::{
+    io,
+    num::NonZeroU64,
+    pin::{Pin, pin},
+    sync::{Mutex, PoisonError},
+    time::Duration,
+};
 
 use http_body_util::{BodyExt, Full};
 use hyper::{
@@ -13,15 +19,18 @@ use hyper_util::{
     client::legacy::{Client, connect::HttpConnector},
     rt::{TokioExecutor, TokioTimer},
 };
-use tokio::time::{Instant, sleep_until, timeout};
+use tokio::time::{Instant, sleep_until, timeout_at};
 use url::Url;
 
 use super::{StoreError, connect::Connector, network::Network, resolve::Resolver, tls};
+use crate::log;
 
 /// Longest wait for a connection. Two round trips across the world take half a second; a lost packet or two, three more.
 const CONNECT: Duration = Duration::from_secs(10);
 /// Longest wait for the next bytes of an answer that has begun.
 const STALL: Duration = Duration::from_secs(20);
+/// A store that says nothing for so long is named in the log, and again each time that the silence has doubled.
+const SILENCE: Duration = Duration::from_secs(2);
 /// Idle connections are dropped before the usual services drop them.
 const IDLE: Duration = Duration::from_secs(15);
 /// The slowest upstream for which a part still counts as on its way, in bytes per second.
@@ -36,6 +45,15 @@ pub struct Http {
     bandwidth: Option<NonZeroU64>,
     /// When what has been sent and received would have been through at that rate.
     through: Mutex<Instant>,
+    /// None while the store answers.
+    silence: Mutex<Option<Silence>>,
+}
+
+/// All requests together have had no answer.
+#[derive(Clone, Copy)]
+struct Silence {
+    since: Instant,
+    tell_at: Instant,
 }
 
 /// What came back.
@@ -64,7 +82,62 @@ impl Http {
             authorization,
             bandwidth,
             through: Mutex::new(Instant::now()),
+            silence: Mutex::new(None),
         }
+    }
+
+    /// Waits for what the store sends, at most `limit`. The first `transfer` of it is for what is sent to the store.
+    async fn wait<T>(
+        &self,
+        host: &str,
+        transfer: Duration,
+        limit: Duration,
+        mut answer: Pin<&mut (dyn Future<Output = T> + Send)>,
+    ) -> Result<T, StoreError> {
+        let deadline = Instant::now() + limit;
+        loop {
+            let tell_at = self.tell_at(transfer);
+            if let Ok(answer) = timeout_at(deadline.min(tell_at), &mut answer).await {
+                return Ok(answer);
+            }
+            if Instant::now() >= deadline {
+                return Err(StoreError::Stalled {
+                    host: host.to_owned(),
+                    after: limit,
+                });
+            }
+            self.tell(host);
+        }
+    }
+
+    fn tell_at(&self, transfer: Duration) -> Instant {
+        let mut silence = self.silence.lock().unwrap_or_else(PoisonError::into_inner);
+        let since = Instant::now();
+        let begun = Silence {
+            since,
+            tell_at: since + SILENCE,
+        };
+        silence.get_or_insert(begun).tell_at + transfer
+    }
+
+    fn tell(&self, host: &str) {
+        let mut silence = self.silence.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = Instant::now();
+        // Of several requests one tells.
+        if let Some(silence) = silence.as_mut().filter(|silence| silence.tell_at <= now) {
+            let silent = now - silence.since;
+            silence.tell_at = now + silent;
+            let fields = [
+                ("host", host.into()),
+                ("silentSeconds", silent.as_secs().into()),
+            ];
+            log::write(log::Level::Warn, "the store does not answer", &fields);
+        }
+    }
+
+    /// Something came from the store.
+    fn heard(&self) {
+        *self.silence.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
     /// Waits until these bytes, after those of earlier requests, would be through.
@@ -96,12 +169,8 @@ impl Http {
     ) -> Result<Response, StoreError> {
         // Errors name the host only: the address carries the signature.
         let host = url.host_str().unwrap_or_default().to_owned();
-        let stalled = |after| StoreError::Stalled {
-            host: host.clone(),
-            after,
-        };
         self.pace(body.len()).await;
-        let patience = CONNECT + STALL + Duration::from_secs(body.len() as u64 / SLOWEST);
+        let transfer = Duration::from_secs(body.len() as u64 / SLOWEST);
         let mut request = Request::new(Full::new(body));
         *request.method_mut() = method;
         *request.headers_mut() = headers;
@@ -116,17 +185,17 @@ impl Http {
             .as_str()
             .parse::<Uri>()
             .map_err(|_| StoreError::Protocol("the address cannot be sent"))?;
-        let response = timeout(patience, self.client.request(request))
-            .await
-            .map_err(|_| stalled(patience))?
-            .map_err(|error| broken(&host, &error))?;
+        let request = pin!(self.client.request(request));
+        let patience = CONNECT + STALL + transfer;
+        let response = self.wait(&host, transfer, patience, request).await?;
+        let response = response.map_err(|error| broken(&host, &error))?;
         let (parts, mut incoming) = response.into_parts();
         let expected = usize::try_from(incoming.size_hint().lower()).unwrap_or(limit);
         let mut body = Vec::with_capacity(expected.min(limit));
         loop {
-            let frame = timeout(STALL, incoming.frame())
-                .await
-                .map_err(|_| stalled(STALL))?;
+            self.heard();
+            let frame = pin!(incoming.frame());
+            let frame = self.wait(&host, Duration::ZERO, STALL, frame).await?;
             let Some(frame) = frame else { break };
             let frame = frame.map_err(|error| broken(&host, &error))?;
             if let Some(data) = frame.data_ref() {

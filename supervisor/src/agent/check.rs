@@ -11,11 +11,11 @@ use std::sync::mpsc;
 use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::Value;
 
 use crate::config::{Checked, Variables};
 use crate::error::Error;
-use crate::reaper::pid;
 
 /// Its own bound is ten seconds; a dead file system under root, state or store takes all of them.
 const BOUND: Duration = Duration::from_secs(15);
@@ -33,26 +33,32 @@ pub fn run(executable: &Path, environment: &Variables) -> Result<Checked, Error>
         executable: executable.to_owned(),
         reason,
     };
-    let child = Command::new(executable)
+    let mut command = Command::new(executable);
+    command
         .args(["check", "--json"])
         .env_clear()
         .envs(environment.iter().map(|(name, value)| (name, value)))
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
-        .process_group(0)
-        .spawn()
-        .map_err(not_executed)?;
-    let process = pid(&child);
+        .process_group(0);
+    let (process_sender, process) = mpsc::channel();
     let (sender, receiver) = mpsc::channel();
     let waiting = std::thread::Builder::new().spawn(move || {
+        let output = command.spawn().and_then(|child| {
+            let _ = process_sender.send(child.id());
+            child.wait_with_output()
+        });
         // Nobody listens any more when the time is over.
-        let _ = sender.send(child.wait_with_output());
+        let _ = sender.send(output);
     });
     let output: io::Result<Output> = match waiting.map(|_| receiver.recv_timeout(BOUND)) {
         Ok(Ok(output)) => output,
         ended => {
-            let _ = kill(process, Signal::SIGKILL);
+            // Its end has not been waited for, so the number is still its own.
+            if let Ok(Ok(pid)) = process.try_recv().map(i32::try_from) {
+                let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+            }
             let reason = match ended {
                 Ok(_) => format!("did not end within {} s", BOUND.as_secs()),
                 Err(error) => format!("cannot be waited for: {error}"),

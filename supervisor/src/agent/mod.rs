@@ -7,23 +7,24 @@ pub mod check;
 mod outcome;
 mod report;
 
+use std::convert::Infallible;
+use std::ffi::OsStr;
 use std::io;
-use std::os::fd::OwnedFd;
-use std::os::unix::process::CommandExt as _;
-use std::path::PathBuf;
-use std::process::{Command, Stdio};
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
-use nix::unistd::Pid;
+use nix::unistd::{Pid, setpgid};
 use serde_json::{Value, json};
 use tokio::io::AsyncReadExt as _;
 use tokio::net::unix::pipe;
-use tokio::sync::oneshot;
-use tokio::time::{Instant, sleep, sleep_until, timeout};
+use tokio::sync::{oneshot, watch};
+use tokio::time::{Instant, sleep_until, timeout};
 
 use crate::config::Config;
-use crate::reaper::{Exit, Reaper, pid};
+use crate::log::log;
+use crate::reaper::{Child, Exit, Reaper, Side};
+use crate::spawn::{ParentEnds, Program};
 use crate::stderr;
 use outcome::judge;
 pub use outcome::{Failure, Outcome, code};
@@ -34,6 +35,12 @@ const BACKSTOP: Duration = Duration::from_secs(10);
 
 /// From SIGTERM to SIGKILL: it has to abort an upload and clean up.
 const GRACE: Duration = Duration::from_secs(5);
+
+/// From SIGKILL to the end. What takes longer hangs in the kernel.
+const KILL_TIME_LIMIT: Duration = Duration::from_secs(5);
+
+/// A run that shows no progress for so long is worth a line, and further ones each time that this has doubled.
+const SILENCE: Duration = Duration::from_secs(10);
 
 /// A prune has a line for each snapshot: thousands, on a store that was never pruned.
 const MAX_OUTPUT: u64 = 1024 * 1024;
@@ -74,12 +81,25 @@ pub struct Progress {
     at: Instant,
 }
 
+/// A line of the agent's log with this message.
+fn logged(line: &[u8], message: &str) -> Option<Value> {
+    let mark = format!(r#""msg":"{message}""#);
+    line.windows(mark.len())
+        .find(|part| *part == mark.as_bytes())?;
+    serde_json::from_slice(line).ok()
+}
+
+/// The sentence of a line that says that the store is silent.
+fn waiting(line: &[u8]) -> Option<String> {
+    let line = logged(line, "the store does not answer")?;
+    let (host, seconds) = (line["host"].as_str()?, line["silentSeconds"].as_u64()?);
+    Some(format!("the store {host} has not answered for {seconds} s"))
+}
+
 impl Progress {
     /// A line of the agent's log, when it is such a line.
     fn read(line: &[u8]) -> Option<Self> {
-        const MARK: &[u8] = br#""msg":"progress""#;
-        line.windows(MARK.len()).find(|part| *part == MARK)?;
-        let line: Value = serde_json::from_slice(line).ok()?;
+        let line = logged(line, "progress")?;
         let number = |name: &str| line[name].as_u64();
         Some(Self {
             done: number("doneBytes")?,
@@ -99,9 +119,20 @@ impl Progress {
     }
 }
 
-/// A run under way: its process, and how to cut it short.
+/// What there is to say of a run before it ends, and of its process afterwards.
+#[derive(Clone, Debug)]
+pub enum News {
+    Progress(Progress),
+    /// A sentence: what it waits for.
+    Waiting(String),
+    /// SIGKILL does not end the process.
+    Stuck(Pid),
+    /// A process that was stuck has ended.
+    Gone,
+}
+
+/// A run under way, and how to cut it short.
 pub struct Run {
-    pub pid: Option<Pid>,
     pub cancel: Option<oneshot::Sender<()>>,
 }
 
@@ -110,31 +141,31 @@ pub fn executable() -> io::Result<PathBuf> {
     Ok(std::env::current_exe()?.with_file_name("backup-agent"))
 }
 
-/// Starts a run, which somebody asked for or waits for, or nobody; `tell` is called with how far it is, `done` with its outcome.
+/// Starts a run, which somebody asked for or waits for, or nobody; `tell` is called with its news, `done` with its outcome.
 pub fn start(
     config: &Config,
     reaper: &Reaper,
-    executable: &PathBuf,
+    executable: &Path,
     verb: Verb,
     is_asked: bool,
-    tell: impl Fn(Progress) + Send + 'static,
+    tell: impl Fn(News) + Clone + Send + Sync + 'static,
     done: impl FnOnce(Outcome) + Send + 'static,
 ) -> Run {
-    let mut command = Command::new(executable);
-    command
-        .args(verb.arguments(is_asked))
-        .env_clear()
-        .envs(
-            config
-                .agent_environment
-                .iter()
-                .map(|(name, value)| (name, value)),
-        )
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        // Ctrl-C in a terminal is for us to handle.
-        .process_group(0);
+    let arguments = verb.arguments(is_asked).iter().map(OsStr::new);
+    // Ctrl-C in a terminal is for us to handle.
+    let setup = Box::new(|_: &mut u8| setpgid(Pid::from_raw(0), Pid::from_raw(0)));
+    let program = executable.as_os_str();
+    let started = Program::new(program, arguments, &config.agent_environment, setup)
+        .and_then(|program| reaper.spawn(&program, Side::Runtime));
+    let (child, ends) = match started {
+        Ok(started) => started,
+        Err(error) => {
+            let failure = not_executed(&error.to_string());
+            // From a task, like every other outcome: the caller has not noted the run yet.
+            tokio::spawn(async move { done(Err(failure)) });
+            return Run { cancel: None };
+        }
+    };
     let limit = BACKSTOP
         + match verb {
             Verb::Restore => config.restore_timeout,
@@ -142,60 +173,96 @@ pub fn start(
         };
     let (cancel, cancelled) = oneshot::channel();
     let (reaper, secrets) = (reaper.clone(), config.secrets.clone());
-    let started = reaper.spawn(&mut command).and_then(|(mut child, exit)| {
-        let pid = pid(&child);
-        let output = child.stdout.take().expect("was asked to be piped");
-        let errors = child.stderr.take().expect("was asked to be piped");
-        let receiver = |end: OwnedFd| pipe::Receiver::from_owned_fd(end);
-        Ok((
-            pid,
-            exit,
-            receiver(output.into())?,
-            receiver(errors.into())?,
-        ))
+    let run = Run {
+        cancel: Some(cancel),
+    };
+    tokio::spawn(async move {
+        let outcome = attend(&reaper, child, ends, cancelled, limit, tell).await;
+        done(outcome.map_err(|mut failure| {
+            failure.error = secrets.scrub(&failure.error);
+            failure
+        }));
     });
-    match started {
-        Ok((pid, exit, output, errors)) => {
-            tokio::spawn(async move {
-                let reading = tokio::spawn(read(output));
-                let mut relaying = tokio::spawn(stderr::relay(errors, move |line| {
-                    let progress = Progress::read(line);
-                    progress.map(&tell).is_none()
-                }));
-                let (exit, is_late) = supervise(&reaper, pid, exit, cancelled, limit).await;
-                // The pipes may outlive the agent when something of its own holds them; its answer does not.
-                let text = timeout(Duration::from_secs(1), reading).await;
-                let text = text.ok().and_then(Result::ok).unwrap_or_default();
-                if timeout(Duration::from_secs(1), &mut relaying)
-                    .await
-                    .is_err()
-                {
-                    relaying.abort();
-                }
-                done(judge(exit, is_late, &text).map_err(|mut failure| {
-                    failure.error = secrets.scrub(&failure.error);
-                    failure
-                }));
-            });
-            Run {
-                pid: Some(pid),
-                cancel: Some(cancel),
-            }
+    run
+}
+
+/// From the start of a process to its end, or to where there is no more use in waiting.
+async fn attend(
+    reaper: &Reaper,
+    mut child: Child,
+    ends: ParentEnds,
+    cancelled: oneshot::Receiver<()>,
+    limit: Duration,
+    tell: impl Fn(News) + Clone + Send + Sync + 'static,
+) -> Outcome {
+    let told = tell.clone();
+    let reading = tokio::spawn(read(ends.stdout));
+    let (heard, last_heard) = watch::channel(Instant::now());
+    let mut relaying = tokio::spawn(stderr::relay(ends.stderr, move |line| {
+        heard.send_replace(Instant::now());
+        if let Some(waiting) = waiting(line) {
+            told(News::Waiting(waiting));
         }
-        Err(error) => {
-            let error = format!("cannot execute backup-agent: {}", error.kind());
-            // From a task, like every other outcome: the caller has not noted the run yet.
-            let failure = Failure {
-                code: 1,
-                error,
-                word: None,
-            };
-            tokio::spawn(async move { done(Err(failure)) });
-            Run {
-                pid: None,
-                cancel: None,
-            }
+        let progress = Progress::read(line);
+        progress
+            .map(|progress| told(News::Progress(progress)))
+            .is_none()
+    }));
+    let ended = tokio::select! {
+        ended = supervise(reaper, &mut child, cancelled, limit) => ended,
+        never = watch_silence(last_heard, &tell) => match never {},
+    };
+    let Some((exit, is_late)) = ended else {
+        reading.abort();
+        relaying.abort();
+        tell(News::Stuck(child.pid));
+        tokio::spawn(async move {
+            let _ = child.exit.await;
+            tell(News::Gone);
+        });
+        return Err(Failure::stuck(child.pid));
+    };
+    if let Err(failure) = ends.start.result().await {
+        return Err(not_executed(failure.error.desc()));
+    }
+    // The pipes may outlive the agent when something of its own holds them; its answer does not.
+    let text = timeout(Duration::from_secs(1), reading).await;
+    let text = text.ok().and_then(Result::ok).unwrap_or_default();
+    if timeout(Duration::from_secs(1), &mut relaying)
+        .await
+        .is_err()
+    {
+        relaying.abort();
+    }
+    judge(exit, is_late, &text)
+}
+
+/// Says when the agent says nothing: it may hang on a disk, of which it cannot tell.
+async fn watch_silence(last_heard: watch::Receiver<Instant>, tell: &impl Fn(News)) -> Infallible {
+    let mut silence = SILENCE;
+    loop {
+        let heard = *last_heard.borrow();
+        sleep_until(heard + silence).await;
+        if *last_heard.borrow() != heard {
+            silence = SILENCE;
+            continue;
         }
+        let seconds = silence.as_secs();
+        log!(
+            Warn,
+            "the backup-agent shows no progress",
+            silent_s = seconds
+        );
+        tell(News::Waiting(format!("no progress for {seconds} s")));
+        silence *= 2;
+    }
+}
+
+fn not_executed(reason: &str) -> Failure {
+    Failure {
+        code: 1,
+        error: format!("cannot execute backup-agent: {reason}"),
+        word: None,
     }
 }
 
@@ -208,27 +275,26 @@ async fn read(output: pipe::Receiver) -> Vec<u8> {
     text
 }
 
-/// Waits for the exit, and enforces it when cancelled or late.
+/// Waits for the exit, and enforces it when cancelled or late. None: the process does not end.
 async fn supervise(
     reaper: &Reaper,
-    pid: Pid,
-    mut exit: oneshot::Receiver<Exit>,
+    child: &mut Child,
     cancelled: oneshot::Receiver<()>,
     limit: Duration,
-) -> (Exit, bool) {
+) -> Option<(Exit, bool)> {
     const LOST: &str = "the reaper hands over every exit before it forgets the child";
     let deadline = Instant::now() + limit;
     let mut is_late = false;
     tokio::select! {
-        exit = &mut exit => return (exit.expect(LOST), is_late),
+        exit = &mut child.exit => return Some((exit.expect(LOST), is_late)),
         Ok(()) = cancelled => {}
         () = sleep_until(deadline) => is_late = true,
     }
-    reaper.signal(pid, Signal::SIGTERM);
-    tokio::select! {
-        exit = &mut exit => return (exit.expect(LOST), is_late),
-        () = sleep(GRACE) => {}
+    for (signal, time_limit) in [(Signal::SIGTERM, GRACE), (Signal::SIGKILL, KILL_TIME_LIMIT)] {
+        reaper.signal(child.pid, signal);
+        if let Ok(exit) = timeout(time_limit, &mut child.exit).await {
+            return Some((exit.expect(LOST), is_late));
+        }
     }
-    reaper.signal(pid, Signal::SIGKILL);
-    (exit.await.expect(LOST), is_late)
+    None
 }

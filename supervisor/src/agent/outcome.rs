@@ -3,6 +3,7 @@
 //! Nothing that the agent printed is trusted to be there or to be JSON. What it says may hold a secret; whoever started the
 //! run takes it out.
 
+use nix::unistd::Pid;
 use serde_json::Value;
 
 use crate::reaper::Exit;
@@ -21,6 +22,20 @@ pub struct Failure {
     pub code: i32,
     pub error: String,
     pub word: Option<Word>,
+}
+
+impl Failure {
+    /// An agent does not end after SIGKILL, or one from before has not.
+    pub fn stuck(pid: Pid) -> Self {
+        Self {
+            code: code::TIMEOUT,
+            error: format!(
+                "backup-agent (process {pid}) does not end after SIGKILL: it hangs in the kernel, as on a dead disk; \
+                 check the disks below the root, the state and the store"
+            ),
+            word: None,
+        }
+    }
 }
 
 /// The words of an answer that say more than the exit code: after these only a restore helps.

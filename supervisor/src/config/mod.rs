@@ -30,6 +30,8 @@ pub struct Config {
     pub instance_id: String,
     pub instance_type: Option<String>,
     pub root: PathBuf,
+    /// Files of the runtime itself.
+    pub state: PathBuf,
     pub store: StoreKind,
     pub gateway_address: SocketAddr,
     pub gateway_token: Secret,
@@ -118,6 +120,7 @@ impl Config {
         let restore_timeout = reader.checked("RUNTIME_RESTORE_TIMEOUT", "10m", values::duration);
         let log = reader.checked("RUNTIME_LOG", "info", values::level);
         let instance_id = reader.checked("RUNTIME_INSTANCE_ID", "local", as_it_is);
+        let state = reader.checked("RUNTIME_STATE", "/var/lib/openclaw-runtime", as_it_is);
         let store = reader.checked("RUNTIME_STORE", "file:///", as_it_is);
 
         let (unknown, secret_files) = (reader.unknown(), reader.secret_files());
@@ -140,6 +143,7 @@ impl Config {
             instance_id,
             instance_type,
             root,
+            state: PathBuf::from(state),
             store: if store.starts_with("s3://") {
                 StoreKind::S3
             } else {

@@ -4,15 +4,12 @@
 use std::ffi::{CString, OsStr};
 use std::fs;
 use std::io;
-use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::MetadataExt as _;
-use std::os::unix::process::CommandExt as _;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::path::Path;
 use std::sync::OnceLock;
 
-use nix::fcntl::OFlag;
+use nix::errno::Errno;
 use nix::sys::prctl;
 use nix::sys::resource::{Resource, setrlimit};
 use nix::sys::signal::Signal;
@@ -21,15 +18,10 @@ use nix::unistd::{self, Gid, Uid};
 
 use crate::config::{Config, Limit};
 use crate::oom;
-
-/// SIGRTMAX of Linux.
-const LAST_SIGNAL: libc::c_int = 64;
+use crate::spawn::{EXEC, Failure, Program, Setup};
 
 /// As many as the kernel's sets have bits.
 const MAX_CAPABILITIES: libc::c_ulong = 64;
-
-/// The first descriptor after standard error.
-const FIRST_INHERITED: libc::c_int = 3;
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct User {
@@ -116,16 +108,6 @@ impl From<unistd::User> for User {
     }
 }
 
-/// A program that is about to be started as the gateway is.
-pub struct Prepared {
-    pub command: Command,
-    /// What the child was last about to do; without the pipe (we may lack descriptors) that is not known.
-    steps: Option<OwnedFd>,
-    limits: Vec<Limit>,
-    user: String,
-    root: PathBuf,
-}
-
 /// What a child does before it becomes its program, in this order; each limit has a number of its own, from [`LIMITS`] on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
@@ -136,109 +118,115 @@ enum Step {
     Capabilities,
     Folder,
     Session,
-    Exec,
 }
 
 const LIMITS: u8 = 100;
 
 /// `program` with `arguments`, set up as the gateway is. It is looked up in the `PATH` of the gateway's environment.
-pub fn command(config: &Config, program: &OsStr, arguments: &[impl AsRef<OsStr>]) -> Prepared {
-    let mut command = Command::new(program);
-    command
-        .args(arguments)
-        .env_clear()
-        .envs(
-            config
-                .gateway_environment
-                .iter()
-                .map(|(name, value)| (name, value)),
-        )
-        .stdin(Stdio::null());
-    // The settings take no path with a NUL in it; a variable of the environment cannot hold one.
-    let root = CString::new(config.root.as_os_str().as_bytes()).unwrap_or_default();
-    let pipe = unistd::pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK);
-    let (steps, told) = pipe.map_or((None, None), |(read, write)| (Some(read), Some(write)));
-    let (limits, user) = (config.limits.clone(), config.user.clone());
-    isolate(&mut command, root, limits.clone(), user.clone(), told);
-    Prepared {
-        command,
-        steps,
-        limits,
-        user: user.name,
-        root: config.root.clone(),
-    }
+///
+/// # Errors
+/// A NUL in an argument.
+pub fn command(
+    config: &Config,
+    program: &OsStr,
+    arguments: &[impl AsRef<OsStr>],
+) -> io::Result<Program> {
+    let root = CString::new(config.root.as_os_str().as_bytes())?;
+    let setup = isolation(root, config.limits.clone(), config.user.clone());
+    let arguments = arguments.iter().map(AsRef::as_ref);
+    Program::new(program, arguments, &config.gateway_environment, setup)
 }
 
-/// Why a program was not started.
-#[derive(Debug, PartialEq, Eq)]
+/// A start that led to no program.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Unstarted {
     /// As a shell reports it.
     pub code: i32,
     /// Which of our settings is to blame, if any.
     pub setting: Option<&'static str>,
-    /// What could not be done, as the rest of a sentence that begins with "cannot".
-    pub what: String,
+    /// What could not be done and why, a sentence.
+    pub reason: String,
 }
 
-impl Prepared {
-    /// What the child could not do, after its start has failed with this error.
-    pub fn explain(self, error: &io::Error) -> Unstarted {
-        let program = self.command.get_program().to_string_lossy().into_owned();
-        let mut steps = [0; 64];
-        let count = self
-            .steps
-            .map_or(0, |pipe| unistd::read(pipe, &mut steps).unwrap_or(0));
-        let last = steps[..count].last().copied();
-        let limit = |resource: Resource| {
-            let mut limits = self.limits.iter();
-            limits.find(|limit| limit.resource == resource)
+impl Unstarted {
+    /// Before there was a process.
+    pub fn without_process(program: &OsStr, error: &io::Error) -> Self {
+        let program = program.to_string_lossy();
+        Self {
+            code: CANNOT_EXECUTE,
+            setting: None,
+            reason: format!("cannot make a process for {program}: {error}"),
+        }
+    }
+
+    /// What its process could not do.
+    pub fn explain(config: &Config, program: &OsStr, failure: Failure) -> Self {
+        let Config {
+            limits, user, root, ..
+        } = config;
+        Self::explained(
+            limits,
+            &user.name,
+            root,
+            &program.to_string_lossy(),
+            failure,
+        )
+    }
+
+    fn explained(
+        limits: &[Limit],
+        user: &str,
+        root: &Path,
+        program: &str,
+        failure: Failure,
+    ) -> Self {
+        let Failure { step, error } = failure;
+        let has = |resource: Resource| {
+            let mut limits = limits.iter();
+            limits.any(|limit| limit.resource == resource)
         };
-        let (setting, what) = match last {
+        let (setting, what) = match step {
             // Neither is wrong with the program.
-            Some(step) if step == Step::Exec as u8 => match error.raw_os_error() {
-                Some(libc::EAGAIN) if limit(Resource::RLIMIT_NPROC).is_some() => {
-                    (Some(LIMITS_NAME), format!("execute {program} within nproc"))
-                }
-                Some(libc::ENOMEM | libc::E2BIG) if limit(Resource::RLIMIT_AS).is_some() => {
-                    (Some(LIMITS_NAME), format!("execute {program} within as"))
-                }
-                _ => (None, format!("execute {program}")),
-            },
-            Some(step) if step >= LIMITS => {
-                let limit = self.limits.get(usize::from(step - LIMITS));
+            EXEC if error == Errno::EAGAIN && has(Resource::RLIMIT_NPROC) => {
+                (Some(LIMITS_NAME), format!("execute {program} within nproc"))
+            }
+            EXEC if matches!(error, Errno::ENOMEM | Errno::E2BIG) && has(Resource::RLIMIT_AS) => {
+                (Some(LIMITS_NAME), format!("execute {program} within as"))
+            }
+            EXEC => (None, format!("execute {program}")),
+            LIMITS.. => {
+                let limit = limits.get(usize::from(step - LIMITS));
                 let limit = limit.map(|limit| format!("set the limit {limit}"));
                 (Some(LIMITS_NAME), limit.unwrap_or_default())
             }
-            Some(step) if step <= Step::User as u8 => {
+            step if step == Step::Folder as u8 => {
+                let what = format!("enter {} as {user}", root.display());
+                (Some("RUNTIME_ROOT"), what)
+            }
+            step if step == Step::Capabilities as u8 => {
+                (None, format!("drop the capabilities before {program}"))
+            }
+            step if step > Step::User as u8 => {
+                (None, format!("make a session of its own for {program}"))
+            }
+            step => {
                 let what = match step {
                     1 => "groups",
                     2 => "group",
                     _ => "user",
                 };
-                let user = &self.user;
-                (
-                    Some("RUNTIME_GATEWAY_USER"),
-                    format!("take the {what} of {user}"),
-                )
+                let what = format!("take the {what} of {user}");
+                (Some("RUNTIME_GATEWAY_USER"), what)
             }
-            Some(step) if step == Step::Folder as u8 => {
-                let what = format!("enter {} as {}", self.root.display(), self.user);
-                (Some("RUNTIME_ROOT"), what)
-            }
-            Some(step) if step == Step::Capabilities as u8 => {
-                (None, format!("drop the capabilities before {program}"))
-            }
-            Some(_) => (None, format!("make a session of its own for {program}")),
-            None => (None, format!("make a process for {program}")),
         };
-        let code = match (last, error.kind()) {
-            (Some(step), io::ErrorKind::NotFound) if step == Step::Exec as u8 => NOT_FOUND,
+        let code = match (step, error) {
+            (EXEC, Errno::ENOENT) => NOT_FOUND,
             _ => CANNOT_EXECUTE,
         };
-        Unstarted {
+        Self {
             code,
             setting,
-            what,
+            reason: format!("cannot {what}: {}", error.desc()),
         }
     }
 }
@@ -259,89 +247,45 @@ pub fn keep_umask() {
 pub const NOT_FOUND: i32 = 127;
 pub const CANNOT_EXECUTE: i32 = 126;
 
-/// What happens in the child between fork and exec.
-#[allow(unsafe_code)]
-fn isolate(
-    command: &mut Command,
-    root: CString,
-    limits: Vec<Limit>,
-    user: User,
-    told: Option<OwnedFd>,
-) {
+/// What happens in the child between fork and exec: system calls only. Everything that it reads was copied with the process.
+fn isolation(root: CString, limits: Vec<Limit>, user: User) -> Setup {
     let is_root = unistd::geteuid().is_root();
     let keeps_privileges = user.uid.is_root();
     let oom_score = oom::score_of_gateway();
     let mask = UMASK.get().copied();
-    let hook = move || {
-        // One byte for each step, of which the last is read when there is an error: that is only a number.
-        let tell = |step: u8| {
-            if let Some(told) = &told {
-                let _ = unistd::write(told, &[step]);
-            }
-        };
-        // First, while nobody but root can signal us: our handlers write to pipes that we still share with the supervisor.
-        // The mask was emptied by `std` itself.
-        reset_signals();
+    Box::new(move |step| {
         oom::set_score(oom_score);
         if let Some(mask) = mask {
             umask(mask);
         }
         for (number, limit) in (LIMITS..).zip(&limits) {
-            tell(number);
+            *step = number;
             setrlimit(limit.resource, limit.value, limit.value)?;
         }
         if !keeps_privileges {
             empty_bounding_set();
         }
         if is_root {
-            tell(Step::Groups as u8);
+            *step = Step::Groups as u8;
             unistd::setgroups(&user.groups)?;
-            tell(Step::Group as u8);
+            *step = Step::Group as u8;
             unistd::setgid(user.gid)?;
-            tell(Step::User as u8);
+            *step = Step::User as u8;
             unistd::setuid(user.uid)?;
         }
-        tell(Step::Capabilities as u8);
+        *step = Step::Capabilities as u8;
         if !keeps_privileges {
             drop_capabilities()?;
         }
-        tell(Step::Folder as u8);
-        // As the user, whose directory it is: `Command::current_dir` would enter it as root, which a root without
-        // CAP_DAC_OVERRIDE may not.
+        // As the user, whose directory it is: a root without CAP_DAC_OVERRIDE may not enter it.
+        *step = Step::Folder as u8;
         unistd::chdir(root.as_c_str())?;
-        tell(Step::Session as u8);
+        *step = Step::Session as u8;
         unistd::setsid()?;
         prctl::set_no_new_privs()?;
         // Without a container around us nothing else would stop the gateway when we are killed.
-        prctl::set_pdeathsig(Signal::SIGTERM)?;
-        close_descriptors();
-        tell(Step::Exec as u8);
-        Ok(())
-    };
-    // SAFETY: between fork and exec the hook only makes system calls that are safe in a signal handler; it does not
-    // allocate, lock or unwind. Everything it reads was copied with the process.
-    unsafe { command.pre_exec(hook) };
-}
-
-/// Ignored signals would survive exec. By the system call: the C library keeps a few signals of its own out of reach.
-#[allow(unsafe_code)]
-fn reset_signals() {
-    /// The kernel's `struct sigaction` and more, as zeros: the default, without flags and mask.
-    const DEFAULT: [u64; 8] = [0; 8];
-    const MASK_BYTES: usize = 8;
-    for signal in 1..=LAST_SIGNAL {
-        // SAFETY: the kernel reads no more than DEFAULT has and writes nothing; the default runs none of our code. SIGKILL
-        // and SIGSTOP are refused, harmlessly.
-        unsafe {
-            libc::syscall(
-                libc::SYS_rt_sigaction,
-                signal,
-                DEFAULT.as_ptr(),
-                std::ptr::null_mut::<u64>(),
-                MASK_BYTES,
-            );
-        }
-    }
+        prctl::set_pdeathsig(Signal::SIGTERM)
+    })
 }
 
 /// As far as we may: without the capability `SETPCAP` it stays as it is, of no use to a process without new privileges.
@@ -357,7 +301,7 @@ fn empty_bounding_set() {
 
 /// Empties the permitted, effective and inheritable sets, and with them the ambient one: a change of user leaves some.
 #[allow(unsafe_code)]
-fn drop_capabilities() -> io::Result<()> {
+fn drop_capabilities() -> nix::Result<()> {
     /// `_LINUX_CAPABILITY_VERSION_3`, and the calling process.
     const HEADER: [u32; 2] = [0x2008_0522, 0];
     const NONE: [u32; 6] = [0; 6];
@@ -366,29 +310,7 @@ fn drop_capabilities() -> io::Result<()> {
     // SAFETY: both arrays have the size that this version means, and outlive the call.
     match unsafe { libc::syscall(libc::SYS_capset, header.as_mut_ptr(), NONE.as_ptr()) } {
         0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    }
-}
-
-/// At exec: `std` has one open until then, to report a failed one. Our own are marked already; this is for those that we
-/// were started with.
-#[allow(unsafe_code)]
-fn close_descriptors() {
-    // SAFETY: no memory is passed.
-    let is_done = unsafe {
-        libc::syscall(
-            libc::SYS_close_range,
-            FIRST_INHERITED,
-            libc::c_uint::MAX,
-            libc::CLOSE_RANGE_CLOEXEC,
-        )
-    } == 0;
-    if !is_done {
-        // Kernels before 5.11 and some sandboxes: one by one, as far as anyone opens descriptors before exec.
-        for descriptor in FIRST_INHERITED..1024 {
-            // SAFETY: on a descriptor that is not open this fails and changes nothing.
-            unsafe { libc::fcntl(descriptor, libc::F_SETFD, libc::FD_CLOEXEC) };
-        }
+        _ => Err(Errno::last()),
     }
 }
 
@@ -401,79 +323,84 @@ mod tests {
 
     #[test]
     fn the_last_step_of_a_start_says_what_is_to_blame() {
-        let explain = |steps: &[u8], errno| {
-            let (read, write) = unistd::pipe2(OFlag::O_CLOEXEC).expect("there are descriptors");
-            unistd::write(&write, steps).expect("it has room");
-            drop(write);
-            let limit = |resource| Limit { resource, value: 7 };
-            let prepared = Prepared {
-                command: Command::new("gateway"),
-                steps: Some(read),
-                limits: vec![
-                    limit(Resource::RLIMIT_NOFILE),
-                    limit(Resource::RLIMIT_NPROC),
-                ],
-                user: "ada".to_owned(),
-                root: "/data".into(),
-            };
-            prepared.explain(&io::Error::from_raw_os_error(errno))
-        };
-        let exec = Step::Exec as u8;
-        for (steps, errno, code, setting, what) in [
+        let limit = |resource| Limit { resource, value: 7 };
+        let limits = [
+            limit(Resource::RLIMIT_NOFILE),
+            limit(Resource::RLIMIT_NPROC),
+        ];
+        let user = Some("RUNTIME_GATEWAY_USER");
+        for (step, error, code, setting, what) in [
             (
-                &[LIMITS][..],
-                libc::EPERM,
+                LIMITS,
+                Errno::EPERM,
                 126,
                 Some(LIMITS_NAME),
                 "set the limit nofile=7",
             ),
             (
-                &[LIMITS, LIMITS + 1],
-                libc::EPERM,
+                LIMITS + 1,
+                Errno::EPERM,
                 126,
                 Some(LIMITS_NAME),
                 "set the limit nproc=7",
             ),
             (
-                &[1],
-                libc::EPERM,
+                Step::Groups as u8,
+                Errno::EPERM,
                 126,
-                Some("RUNTIME_GATEWAY_USER"),
+                user,
                 "take the groups of ada",
             ),
             (
-                &[1, 2, 3],
-                libc::EAGAIN,
+                Step::Group as u8,
+                Errno::EPERM,
                 126,
-                Some("RUNTIME_GATEWAY_USER"),
+                user,
+                "take the group of ada",
+            ),
+            (
+                Step::User as u8,
+                Errno::EAGAIN,
+                126,
+                user,
                 "take the user of ada",
             ),
             (
-                &[5],
-                libc::ENOENT,
+                Step::Folder as u8,
+                Errno::ENOENT,
                 126,
                 Some("RUNTIME_ROOT"),
                 "enter /data as ada",
             ),
-            (&[5, exec], libc::ENOENT, 127, None, "execute gateway"),
-            (&[exec], libc::EACCES, 126, None, "execute gateway"),
             (
-                &[exec],
-                libc::EAGAIN,
+                Step::Session as u8,
+                Errno::EPERM,
+                126,
+                None,
+                "make a session of its own for gateway",
+            ),
+            (EXEC, Errno::ENOENT, 127, None, "execute gateway"),
+            (EXEC, Errno::EACCES, 126, None, "execute gateway"),
+            (
+                EXEC,
+                Errno::EAGAIN,
                 126,
                 Some(LIMITS_NAME),
                 "execute gateway within nproc",
             ),
             // No limit on memory is set.
-            (&[exec], libc::ENOMEM, 126, None, "execute gateway"),
-            (&[], libc::EAGAIN, 126, None, "make a process for gateway"),
+            (EXEC, Errno::ENOMEM, 126, None, "execute gateway"),
         ] {
+            let failure = Failure { step, error };
+            let root = Path::new("/data");
+            let found = Unstarted::explained(&limits, "ada", root, "gateway", failure);
+            let reason = format!("cannot {what}: {}", error.desc());
             let expected = Unstarted {
                 code,
                 setting,
-                what: what.to_owned(),
+                reason,
             };
-            assert_eq!(explain(steps, errno), expected);
+            assert_eq!(found, expected);
         }
     }
 

@@ -1,24 +1,18 @@
-//! Which processes are the gateway's, as /proc has it: those of its user, or those that descend from us.
+//! Which processes are the gateway's, as /proc has it.
 //!
-//! What cannot be read is an error, never a shorter list; only a process that ends meanwhile is left out. What is done to
-//! those that are found is up to `sweep`.
+//! Invariants: a list that cannot be read is an error, never a shorter list; one process that cannot be read counts when its owner
+//! is the gateway's user, and holds nothing up otherwise. Text in /proc is bytes: names are chosen by whoever runs there.
 
 use std::collections::HashMap;
+use std::fs;
 use std::io;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::Path;
 
 use nix::unistd::{Pid, Uid};
 
-#[derive(Clone, Debug)]
-pub enum Belongs {
-    ToUser(Uid),
-    /// Descends from us, but not from these.
-    ByDescent {
-        except: Vec<Pid>,
-    },
-}
-
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Process {
+struct Process {
     parent: i32,
     /// `R`, `S`, `D`, `T`, `Z` … as in proc(5).
     state: u8,
@@ -26,59 +20,69 @@ pub(super) struct Process {
     threads: u32,
 }
 
-/// Our children but `except`, the dead ones that nobody has reaped yet included.
+/// Our children, the dead ones that nobody has reaped yet included.
 ///
 /// The list is exact: nothing leaves it but what we reap, and what comes is put at its end.
-pub(super) fn children(except: &[Pid]) -> io::Result<Vec<Pid>> {
+pub(super) fn children() -> io::Result<Vec<Pid>> {
     let us = Pid::this().as_raw();
-    let pids: Vec<i32> = match std::fs::read_to_string("/proc/thread-self/children") {
+    let pids: Vec<i32> = match fs::read_to_string("/proc/thread-self/children") {
         Ok(list) => {
             let pids = list.split_whitespace().map(str::parse);
             pids.collect::<Result<_, _>>().map_err(io::Error::other)?
         }
         // A kernel without CONFIG_PROC_CHILDREN.
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            let all = table()?.into_iter();
-            all.filter(|(_, process)| process.parent == us)
-                .map(|(pid, _)| pid)
+            let table = Table::read()?;
+            let ours = table.processes.iter();
+            ours.filter(|(_, process)| process.parent == us)
+                .map(|(pid, _)| *pid)
                 .collect()
         }
         Err(error) => return Err(error),
     };
-    let pids = pids.into_iter().map(Pid::from_raw);
-    Ok(pids.filter(|pid| !except.contains(pid)).collect())
+    Ok(pids.into_iter().map(Pid::from_raw).collect())
 }
 
-pub(super) fn processes(belongs: &Belongs) -> io::Result<Vec<(Pid, Process)>> {
-    let all = table()?;
-    let us = Pid::this().as_raw();
-    let is_ours = |pid: i32, process: &Process| match belongs {
-        Belongs::ToUser(uid) => process.uids.contains(&uid.as_raw()),
-        Belongs::ByDescent { except } => descends(&all, pid, us, except),
-    };
-    Ok(all
-        .iter()
-        .filter(|(pid, process)| **pid != us && process.is_alive() && is_ours(**pid, process))
-        .map(|(pid, process)| (Pid::from_raw(*pid), *process))
-        .collect())
-}
-
-fn descends(all: &HashMap<i32, Process>, pid: i32, ancestor: i32, except: &[Pid]) -> bool {
-    let mut current = pid;
-    // The table is not read at one instant, so links may even form a ring; no chain is longer than the table.
-    for _ in 0..=all.len() {
-        if current == ancestor {
-            return true;
-        }
-        if except.contains(&Pid::from_raw(current)) {
-            return false;
-        }
-        match all.get(&current) {
-            Some(process) => current = process.parent,
-            None => return false,
+/// The living processes of `user`, and those of others that could not be read.
+pub(super) fn of_user(user: Uid) -> io::Result<(Vec<Pid>, Vec<Pid>)> {
+    let table = Table::read()?;
+    let is_of_user =
+        |process: &Process| process.is_alive() && process.uids.contains(&user.as_raw());
+    let known = table.processes.iter();
+    let known = known.filter(|(_, process)| is_of_user(process));
+    let mut own: Vec<i32> = known.map(|(pid, _)| *pid).collect();
+    let mut others = Vec::new();
+    for (pid, owner) in table.unread {
+        if owner == Some(user.as_raw()) {
+            own.push(pid);
+        } else {
+            others.push(pid);
         }
     }
-    false
+    let us = Pid::this();
+    let pids = |list: Vec<i32>| {
+        let pids = list.into_iter().map(Pid::from_raw);
+        pids.filter(|pid| *pid != us).collect()
+    };
+    Ok((pids(own), pids(others)))
+}
+
+/// Processes of `user` that a supervisor has started as a gateway's on `root`, told by their environment, as far as they let it
+/// be read. A gateway that has our own user has no better mark.
+pub(super) fn marked(user: Uid, root: &Path) -> io::Result<Vec<Pid>> {
+    let mut home = b"HOME=".to_vec();
+    home.extend_from_slice(root.as_os_str().as_encoded_bytes());
+    let is_marked = |pid: &Pid| {
+        let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+        let has = |wanted: &[u8]| {
+            environment
+                .split(|byte| *byte == 0)
+                .any(|one| one == wanted)
+        };
+        has(b"OPENCLAW_SUPERVISOR_MODE=external") && has(&home)
+    };
+    let (own, _) = of_user(user)?;
+    Ok(own.into_iter().filter(is_marked).collect())
 }
 
 impl Process {
@@ -87,7 +91,7 @@ impl Process {
         self.state != b'X' && (self.state != b'Z' || self.threads > 1)
     }
 
-    fn parse(status: &str) -> Option<Self> {
+    fn parse(status: &[u8]) -> Option<Self> {
         let mut process = Self {
             parent: 0,
             state: 0,
@@ -95,7 +99,11 @@ impl Process {
             threads: 1,
         };
         let mut has_uids = false;
-        for line in status.lines() {
+        for line in status.split(|byte| *byte == b'\n') {
+            // The name of the program need not be UTF-8.
+            let Ok(line) = std::str::from_utf8(line) else {
+                continue;
+            };
             let Some((name, value)) = line.split_once(':') else {
                 continue;
             };
@@ -118,27 +126,40 @@ impl Process {
 }
 
 /// Every process by pid. Those that end meanwhile are left out.
-fn table() -> io::Result<HashMap<i32, Process>> {
-    let mut table = HashMap::new();
-    for entry in std::fs::read_dir("/proc")? {
-        let entry = entry?;
-        let Some(pid) = entry
-            .file_name()
-            .to_str()
-            .and_then(|name| name.parse().ok())
-        else {
-            continue;
-        };
-        match std::fs::read_to_string(entry.path().join("status")) {
-            Ok(status) => {
-                let process = Process::parse(&status).ok_or(io::ErrorKind::InvalidData)?;
-                table.insert(pid, process);
+#[derive(Default)]
+struct Table {
+    processes: HashMap<i32, Process>,
+    /// With the owner of its folder, where that can be told.
+    unread: Vec<(i32, Option<u32>)>,
+}
+
+impl Table {
+    fn read() -> io::Result<Self> {
+        let mut table = Self::default();
+        for entry in fs::read_dir("/proc")? {
+            let entry = entry?;
+            let name = entry.file_name();
+            let Some(pid) = name.to_str().and_then(|name| name.parse().ok()) else {
+                continue;
+            };
+            let status = match fs::read(entry.path().join("status")) {
+                Ok(status) => Process::parse(&status),
+                Err(error) if is_gone(&error) => continue,
+                // Not the process's doing.
+                Err(error) if is_for_lack(&error) => return Err(error),
+                Err(_) => None,
+            };
+            match status {
+                Some(process) => drop(table.processes.insert(pid, process)),
+                None => match entry.metadata() {
+                    Ok(found) => table.unread.push((pid, Some(found.uid()))),
+                    Err(error) if is_gone(&error) => {}
+                    Err(_) => table.unread.push((pid, None)),
+                },
             }
-            Err(error) if is_gone(&error) => {}
-            Err(error) => return Err(error),
         }
+        Ok(table)
     }
-    Ok(table)
 }
 
 /// Before it was opened, or before it was read.
@@ -146,22 +167,21 @@ fn is_gone(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ESRCH)
 }
 
+/// We lack memory or descriptors.
+fn is_for_lack(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error(),
+        Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM)
+    )
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn process(parent: i32) -> Process {
-        Process {
-            parent,
-            state: b'S',
-            uids: [0; 3],
-            threads: 1,
-        }
-    }
-
     #[test]
-    fn a_status_of_proc_is_understood() {
-        let status = "Name:\tnode\nUmask:\t0022\nState:\tT (stopped)\nPPid:\t7\nUid:\t1\t2\t3\t4\nThreads:\t11\n";
+    fn a_status_of_proc_is_understood_whatever_the_name_is() {
+        let status = b"Name:\to\xc3\nUmask:\t0022\nState:\tT (stopped)\nPPid:\t7\nUid:\t1\t2\t3\t4\nThreads:\t11\n";
         let expected = Process {
             parent: 7,
             state: b'T',
@@ -169,34 +189,17 @@ mod tests {
             threads: 11,
         };
         assert_eq!(Process::parse(status), Some(expected));
-        assert_eq!(Process::parse("Name:\tx\n"), None);
-    }
-
-    #[test]
-    fn descent_leaves_out_the_agent_and_strangers() {
-        // 1 is us; 2 the gateway with 3 and 4 below it; 5 the agent with 6; 7 a stranger; 8 and 9 a ring.
-        let links = [
-            (1, 0),
-            (2, 1),
-            (3, 2),
-            (4, 3),
-            (5, 1),
-            (6, 5),
-            (7, 0),
-            (8, 9),
-            (9, 8),
-        ];
-        let all = links.map(|(pid, parent)| (pid, process(parent))).into();
-        let found: Vec<i32> = (2..=9)
-            .filter(|pid| descends(&all, *pid, 1, &[Pid::from_raw(5)]))
-            .collect();
-        assert_eq!(found, [2, 3, 4]);
+        assert_eq!(Process::parse(b"Name:\tx\n"), None);
     }
 
     #[test]
     fn a_zombie_counts_only_while_it_has_threads() {
-        let mut zombie = process(1);
-        zombie.state = b'Z';
+        let mut zombie = Process {
+            parent: 1,
+            state: b'Z',
+            uids: [0; 3],
+            threads: 1,
+        };
         assert!(!zombie.is_alive());
         zombie.threads = 2;
         assert!(zombie.is_alive());
@@ -204,7 +207,7 @@ mod tests {
 
     #[test]
     fn we_are_in_our_own_table() {
-        let us = table().expect("can be read")[&Pid::this().as_raw()];
+        let us = Table::read().expect("can be read").processes[&Pid::this().as_raw()];
         assert_eq!(us.parent, Pid::parent().as_raw());
         assert!(us.is_alive());
     }

@@ -67,8 +67,39 @@ pub fn is_empty(root: &Path) -> bool {
     }
 }
 
+/// Why nothing can be started in the root.
+#[derive(Debug)]
+pub enum Fault {
+    /// It is not the directory that it was: only a restore helps.
+    Lost(&'static str),
+    Absent,
+    Unreadable(io::Error),
+}
+
+/// Before a start. The first one since a restore (`known` is none) makes the root where there is none; each later one finds that
+/// same root. With the root comes what went wrong with making it, which need not matter.
+pub fn ready(
+    root: &Path,
+    user: &User,
+    known: Option<Identity>,
+) -> Result<(Identity, Option<io::Error>), Fault> {
+    let problem = match known {
+        None => make(root, user).err(),
+        Some(_) => None,
+    };
+    match (identify(root).map_err(Fault::Unreadable)?, known) {
+        (Some(found), None) => Ok((found, problem)),
+        (Some(found), Some(known)) if known.is_same(&found) => Ok((found, None)),
+        (None, None) => Err(problem.map_or(Fault::Absent, Fault::Unreadable)),
+        (None, Some(_)) => Err(Fault::Lost(
+            "it is not there: it was removed, or its volume is detached",
+        )),
+        (Some(_), Some(_)) => Err(Fault::Lost("another directory is in its place")),
+    }
+}
+
 /// A tree that does not exist yet, or a fresh volume that belongs to root, becomes the gateway's.
-pub fn make(root: &Path, user: &User) -> io::Result<()> {
+fn make(root: &Path, user: &User) -> io::Result<()> {
     let made = fs::DirBuilder::new()
         .recursive(true)
         .mode(0o700)

@@ -15,6 +15,8 @@ pub struct State {
     pub losses: u32,
     /// Whether the prepare step has run since the restore (or there is none).
     pub prepared: bool,
+    /// Whether the last exit was a clean one shortly after readiness.
+    pub exited_early: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,9 +40,11 @@ pub enum Phase {
         until: Moment,
         then: Then,
     },
-    /// Everything that is left of the gateway is being killed.
+    /// Everything that is left of the gateway is being killed. At `until`, if there is one, we leave without having seen its end.
     Sweeping {
+        what: Swept,
         then: Then,
+        until: Option<Moment>,
     },
     Backoff {
         until: Moment,
@@ -50,6 +54,16 @@ pub enum Phase {
     },
     /// For good: the supervisor is on its way out.
     Down,
+}
+
+/// Whose processes a sweep kills.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Swept {
+    /// A gateway's that another supervisor has left, before the first restore.
+    Earlier,
+    /// What a start that came to nothing, or a prepare step, has left behind.
+    Start,
+    Gateway,
 }
 
 /// What follows once nothing of the gateway is left.
@@ -75,7 +89,7 @@ pub enum Event {
     /// Time has passed; `deadline` says when this is due.
     Tick,
     Restart,
-    /// SIGTERM or SIGINT; a second one cuts the wait for the gateway.
+    /// SIGTERM or its like; a second one cuts the wait for the gateway.
     Shutdown,
 }
 
@@ -105,13 +119,18 @@ pub struct Policy {
 }
 
 impl State {
-    /// At boot, with the restore under way.
+    /// At boot: the first action is a sweep, then comes the restore.
     pub fn boot(policy: &Policy) -> Self {
         Self {
-            phase: Phase::Restoring,
+            phase: Phase::Sweeping {
+                what: Swept::Earlier,
+                then: Then::Restore,
+                until: None,
+            },
             failures: 0,
             losses: 0,
             prepared: !policy.has_prepare,
+            exited_early: false,
         }
     }
 
@@ -124,15 +143,27 @@ impl State {
             | Phase::Stopping { until, .. }
             | Phase::Backoff { until }
             | Phase::Failed { until } => Some(until),
-            Phase::Restoring | Phase::Running { .. } | Phase::Sweeping { .. } | Phase::Down => None,
+            Phase::Sweeping { until, .. } => until,
+            Phase::Restoring | Phase::Running { .. } | Phase::Down => None,
         }
     }
 
     /// `gateway.status` of the API.
     pub fn word(&self) -> &'static str {
         match self.phase {
-            Phase::Restoring | Phase::Held { .. } => "restoring",
-            Phase::Preparing { .. } | Phase::Starting { .. } => "starting",
+            Phase::Restoring
+            | Phase::Held { .. }
+            | Phase::Sweeping {
+                what: Swept::Earlier,
+                ..
+            } => "restoring",
+            Phase::Preparing { .. }
+            | Phase::Starting { .. }
+            | Phase::Sweeping {
+                what: Swept::Start,
+                then: Then::Start | Then::Wait | Then::GiveUp,
+                ..
+            } => "starting",
             Phase::Running { .. } => "running",
             Phase::Stopping { .. } | Phase::Sweeping { .. } | Phase::Down => "stopping",
             Phase::Backoff { .. } => "backoff",

@@ -11,98 +11,138 @@
 //! What cannot be read is never taken for clean. Which processes are the gateway's is told by `process_table`.
 
 use std::io;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
-use nix::unistd::{Pid, Uid, setuid};
+use nix::unistd::{Pid, Uid, geteuid, setuid};
 use tokio::time::{Instant, sleep, timeout};
 
-use super::process_table::{Belongs, children, processes};
+use super::process_table::{children, marked, of_user};
 use crate::log::log;
-use crate::reaper::{Exit, Reaper};
+use crate::reaper::{Exit, Reaper, Side};
 
 /// Between rounds of killing. A process needs a moment to die, a forking one must not get many.
 const PAUSE: Duration = Duration::from_millis(2);
 const MAX_PAUSE: Duration = Duration::from_millis(100);
 
-/// Something that SIGKILL does not end within this hangs in the kernel: worth a line, each time.
+/// Something that SIGKILL does not end within this hangs in the kernel: worth a line, then further ones at twice the distance.
 const STUCK_AFTER: Duration = Duration::from_secs(5);
+const MAX_REPORT_PAUSE: Duration = Duration::from_mins(5);
 
 /// To fork, change the user and kill takes microseconds. What is killed last may have stopped us before.
 const STRIKE_TIME_LIMIT: Duration = Duration::from_secs(1);
 
-/// Returns when nothing of the gateway is left. That is the promise the next start relies on, so it never gives up.
-pub async fn sweep(belongs: &Belongs, reaper: &Reaper) {
+/// Named in one line at most.
+const MAX_NAMED: usize = 16;
+
+/// How the gateway's processes are told from all others.
+#[derive(Clone, Debug)]
+pub enum Belongs {
+    ToUser(Uid),
+    /// They descend from us, as the agent does.
+    ByDescent,
+    /// Their user is ours and their supervisor is gone: they have the environment of a gateway on this root.
+    ByEnvironment(PathBuf),
+}
+
+/// Returns when nothing of the gateway is left. That is the promise the next start relies on, so it never gives up; `tell` gets
+/// what SIGKILL does not end.
+pub async fn sweep(belongs: &Belongs, reaper: &Reaper, tell: impl Fn(Vec<Pid>)) {
+    let begun = Instant::now();
     let mut pause = PAUSE;
-    let mut reported = Instant::now();
+    let mut report_after = STUCK_AFTER;
     loop {
         let left = kill_all(belongs, reaper).await;
-        if matches!(left, Ok(0)) {
+        if left.as_ref().is_ok_and(Vec::is_empty) {
             return;
         }
-        if reported.elapsed() >= STUCK_AFTER {
-            log!(
-                Warn,
-                "the gateway's processes are not gone",
-                count = left.as_ref().ok().copied(),
-                reason = left.as_ref().err().map(ToString::to_string),
-            );
-            reported = Instant::now();
+        if begun.elapsed() >= report_after {
+            report_after = begun.elapsed() + report_after.min(MAX_REPORT_PAUSE);
+            report(&left, begun.elapsed());
+            tell(left.unwrap_or_default());
         }
         sleep(pause).await;
         pause = (pause * 2).min(MAX_PAUSE);
     }
 }
 
-/// Whether nothing of the gateway is left, told by one short file: it descends from us, and what has lost its parent is our
-/// child. When we have others, such as an agent at work, a sweep has to tell.
-pub fn is_clean(belongs: &Belongs) -> bool {
-    let except = match belongs {
-        Belongs::ToUser(_) => &[][..],
-        Belongs::ByDescent { except } => except,
-    };
-    children(except).is_ok_and(|left| left.is_empty())
+fn report(left: &io::Result<Vec<Pid>>, since: Duration) {
+    match left {
+        Ok(left) => log!(
+            Warn,
+            "killed processes of the gateway do not end: they hang in the kernel, as on a dead disk",
+            pids = named(left),
+            count = left.len(),
+            since_s = since.as_secs(),
+        ),
+        Err(error) => log!(
+            Warn,
+            "cannot kill the gateway's processes",
+            reason = error.to_string(),
+            since_s = since.as_secs(),
+        ),
+    }
 }
 
-/// Kills what there is and returns how many were there, at most a moment ago. After none, none will be.
-async fn kill_all(belongs: &Belongs, reaper: &Reaper) -> io::Result<usize> {
-    let user = match belongs {
-        Belongs::ToUser(user) => *user,
-        Belongs::ByDescent { except } => {
-            let left = children(except)?;
+/// The first of these pids.
+pub fn named(pids: &[Pid]) -> Vec<i32> {
+    let pids = pids.iter().take(MAX_NAMED);
+    pids.map(|pid| pid.as_raw()).collect()
+}
+
+/// Kills what there is and returns what was there, at most a moment ago. After none, none will be.
+async fn kill_all(belongs: &Belongs, reaper: &Reaper) -> io::Result<Vec<Pid>> {
+    match belongs {
+        Belongs::ToUser(user) => kill_user(*user, reaper).await,
+        Belongs::ByDescent => Ok(reaper.kill_gateways(children()?)),
+        Belongs::ByEnvironment(root) => {
+            let left = marked(geteuid(), root)?;
             for pid in &left {
                 let _ = kill(*pid, Signal::SIGKILL);
             }
-            return Ok(left.len());
+            Ok(left)
         }
-    };
+    }
+}
+
+async fn kill_user(user: Uid, reaper: &Reaper) -> io::Result<Vec<Pid>> {
     let struck = strike(user, reaper).await;
-    let left = processes(belongs)?;
+    let (left, unread) = of_user(user)?;
+    if !unread.is_empty() {
+        log!(
+            Debug,
+            "cannot look at processes of others",
+            pids = named(&unread)
+        );
+    }
     if !matches!(struck, Ok(true)) {
         // No process to spare for the stroke, most likely: those that are seen make room.
-        for (pid, _) in &left {
+        for pid in &left {
             let _ = kill(*pid, Signal::SIGKILL);
         }
     }
-    struck.map(|_| left.len())
+    struck.map(|_| left)
 }
 
 /// One stroke at everything that runs as `user`, in a copy of us that is `user`. False when we may not become that user: then
 /// we never started anything as that user either. Until it is done, another of them may kill the copy; its exit tells.
 async fn strike(user: Uid, reaper: &Reaper) -> io::Result<bool> {
     let all = Pid::from_raw(-1);
-    let exit = reaper.fork(|| {
+    let copy = reaper.fork(Side::Runtime, || {
         let is_user = setuid(user).is_ok();
         if is_user {
             // Fails where there is nobody else to signal.
             let _ = kill(all, Signal::SIGKILL);
         }
-        is_user
+        i32::from(!is_user)
     })?;
-    match timeout(STRIKE_TIME_LIMIT, exit).await {
+    match timeout(STRIKE_TIME_LIMIT, copy.exit).await {
         Ok(Ok(Exit {
             code: Some(code), ..
         })) => Ok(code == 0),
-        _ => Err(io::ErrorKind::Interrupted.into()),
+        _ => Err(io::Error::other(
+            "the process that kills them was killed or held up",
+        )),
     }
 }

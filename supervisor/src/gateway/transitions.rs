@@ -1,17 +1,24 @@
 //! The life of the gateway as a table: `next(state, event)` is the next state and at most one thing to do.
 //!
 //! No clock, process or socket: time and randomness are arguments. The invariant that everything else leans on: a start
-//! (`Prepare`, `Spawn`) follows a restore or a finished sweep only, so two gateways never run on one tree. So does a restore after
-//! the first one: no gateway runs on a tree that is being replaced.
+//! (`Prepare`, `Spawn`) follows a restore or a finished sweep only, so two gateways never run on one tree. So does a restore: no
+//! gateway runs on a tree that is being replaced.
 
 use std::time::Duration;
 
 use super::backoff;
-use super::state::{Action, Event, Phase, Policy, State, Then};
+use super::state::{Action, Event, Phase, Policy, State, Swept, Then};
 use crate::clock::Moment;
 
 /// Ready for this long, and earlier crashes are forgotten.
 const STABLE_AFTER: Duration = Duration::from_mins(1);
+
+/// A clean exit sooner than this after readiness is early: the second in a row counts as a crash.
+const EARLY: Duration = Duration::from_secs(10);
+
+/// A sweep whose processes do not die holds up our own end for so long, and after a further signal only for so long.
+const LAST_SWEEP: Duration = Duration::from_secs(10);
+const CUT_SWEEP: Duration = Duration::from_secs(2);
 
 /// Exit 78 (`EX_CONFIG`): the gateway refuses its configuration or database. Only a person or an update changes that.
 const REFUSED_RETRY: Duration = Duration::from_mins(5);
@@ -33,7 +40,17 @@ pub fn next(
         ..state
     };
     let to = |phase| State { phase, ..state };
-    let sweep = |then| (to(Phase::Sweeping { then }), Some(Action::Sweep));
+    let sweeping = |what, then| {
+        let until = (then == Then::Down).then_some(now + LAST_SWEEP);
+        Phase::Sweeping { what, then, until }
+    };
+    let sweep = |then| {
+        let what = match state.phase {
+            Phase::Preparing { .. } | Phase::Starting { .. } => Swept::Start,
+            _ => Swept::Gateway,
+        };
+        (to(sweeping(what, then)), Some(Action::Sweep))
+    };
     let stop = |then, action| {
         let until = now + policy.stop_grace;
         (to(Phase::Stopping { until, then }), Some(action))
@@ -59,34 +76,32 @@ pub fn next(
         (Phase::Held { .. }, Event::Restart) => (to(Phase::Restoring), Some(Action::Restore)),
 
         (Phase::Preparing { .. }, Event::Exited(Some(0))) => {
-            let phase = Phase::Sweeping { then: Then::Start };
+            let (swept, action) = sweep(Then::Start);
             let prepared = true;
-            (
-                State {
-                    phase,
-                    prepared,
-                    ..state
-                },
-                Some(Action::Sweep),
-            )
+            (State { prepared, ..swept }, action)
         }
         (Phase::Starting { .. }, Event::Ready) => (to(Phase::Running { since: now }), None),
 
         // A clean exit of a ready gateway asks for a fresh process; one before readiness would loop hot, so it is a crash.
-        (Phase::Running { .. }, Event::Exited(Some(0))) => sweep(Then::Start),
+        (Phase::Running { since }, Event::Exited(Some(0))) => {
+            let exited_early = now.saturating_sub(since) < EARLY;
+            let is_loop = exited_early && state.exited_early;
+            let (swept, action) = sweep(if is_loop { Then::Wait } else { Then::Start });
+            (
+                State {
+                    exited_early,
+                    ..swept
+                },
+                action,
+            )
+        }
         (Phase::Starting { .. } | Phase::Running { .. }, Event::Exited(Some(78))) => {
             sweep(Then::GiveUp)
         }
         (Phase::Running { .. }, Event::Exited(_)) if is_stable(state.phase, now) => {
-            let phase = Phase::Sweeping { then: Then::Wait };
-            (
-                State {
-                    phase,
-                    failures: 0,
-                    ..state
-                },
-                Some(Action::Sweep),
-            )
+            let (swept, action) = sweep(Then::Wait);
+            let failures = 0;
+            (State { failures, ..swept }, action)
         }
         (
             Phase::Preparing { .. } | Phase::Starting { .. } | Phase::Running { .. },
@@ -126,16 +141,36 @@ pub fn next(
             }),
             None,
         ),
-        (Phase::Sweeping { .. }, Event::Shutdown) => {
-            (to(Phase::Sweeping { then: Then::Down }), None)
-        }
         (
             Phase::Sweeping {
+                what,
+                then: Then::Down,
+                until: Some(until),
+            },
+            Event::Shutdown,
+        ) => {
+            let until = Some(until.min(now + CUT_SWEEP));
+            let then = Then::Down;
+            (to(Phase::Sweeping { what, then, until }), None)
+        }
+        (Phase::Sweeping { what, .. }, Event::Shutdown) => (to(sweeping(what, Then::Down)), None),
+        (
+            Phase::Sweeping {
+                what,
                 then: Then::Wait | Then::GiveUp,
+                ..
             },
             Event::Restart,
-        ) => (to(Phase::Sweeping { then: Then::Start }), None),
-        (Phase::Sweeping { then }, Event::Swept) => swept(state, then, now, jitter, policy),
+        ) => (to(sweeping(what, Then::Start)), None),
+        (Phase::Sweeping { then, .. }, Event::Swept) => swept(state, then, now, jitter, policy),
+        (
+            Phase::Sweeping {
+                then: Then::Down,
+                until: Some(until),
+                ..
+            },
+            Event::Tick,
+        ) if now >= until => (to(Phase::Down), Some(Action::Finish)),
 
         (Phase::Backoff { until } | Phase::Failed { until }, Event::Tick) if now >= until => {
             start(state, now, policy)
@@ -206,13 +241,14 @@ fn lost(state: State, now: Moment, jitter: f64, policy: &Policy) -> (State, Opti
         }
         | Phase::Sweeping {
             then: Then::Restore | Then::Down,
+            ..
         } => return (state, None),
         Phase::Preparing { .. } | Phase::Starting { .. } => {
             (stopping(grace), Some(Action::Terminate))
         }
         Phase::Running { .. } => (stopping(grace), Some(Action::Ask)),
         Phase::Stopping { until, .. } => (stopping(until), None),
-        Phase::Sweeping { .. } => (Phase::Sweeping { then }, None),
+        Phase::Sweeping { what, until, .. } => (Phase::Sweeping { what, then, until }, None),
         Phase::Backoff { .. } | Phase::Failed { .. } => return restore(lost, now, jitter),
     };
     (State { phase, ..lost }, action)

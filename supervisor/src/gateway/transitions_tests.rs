@@ -32,7 +32,12 @@ const fn prepared(phase: Phase, failures: u32) -> State {
         failures,
         losses: 0,
         prepared: true,
+        exited_early: false,
     }
+}
+
+fn restoring(policy: &Policy) -> State {
+    next(State::boot(policy), Event::Swept, NOW, 0.0, policy).0
 }
 
 const STARTING: Phase = Phase::Starting { until: at(1180) };
@@ -48,7 +53,29 @@ const fn stopping(then: Then) -> Phase {
 }
 
 const fn sweeping(then: Then) -> Phase {
-    Phase::Sweeping { then }
+    let what = Swept::Gateway;
+    let until = match then {
+        Then::Down => Some(at(1010)),
+        _ => None,
+    };
+    Phase::Sweeping { what, then, until }
+}
+
+const fn sweeping_up(then: Then) -> Phase {
+    let what = Swept::Start;
+    let until = None;
+    Phase::Sweeping { what, then, until }
+}
+
+/// By a further signal, a moment ago.
+fn cut(phase: Phase) -> Phase {
+    match phase {
+        Phase::Sweeping { what, then, .. } => {
+            let until = Some(at(1002));
+            Phase::Sweeping { what, then, until }
+        }
+        other => other,
+    }
 }
 
 #[test]
@@ -66,16 +93,16 @@ fn every_transition() {
         (HELD, Restart, Restoring, Some(Restore)),
         (HELD, Shutdown, Down, Some(Finish)),
 
-        (PREPARING, Exited(Some(0)), sweeping(Then::Start), Some(Sweep)),
-        (PREPARING, Exited(Some(1)), sweeping(Then::Wait), Some(Sweep)),
-        (PREPARING, Exited(Some(78)), sweeping(Then::Wait), Some(Sweep)),
+        (PREPARING, Exited(Some(0)), sweeping_up(Then::Start), Some(Sweep)),
+        (PREPARING, Exited(Some(1)), sweeping_up(Then::Wait), Some(Sweep)),
+        (PREPARING, Exited(Some(78)), sweeping_up(Then::Wait), Some(Sweep)),
         (PREPARING, Restart, PREPARING, None),
         (PREPARING, Shutdown, stopping(Then::Down), Some(Terminate)),
 
         (STARTING, Ready, Phase::Running { since: NOW }, None),
-        (STARTING, Exited(Some(0)), sweeping(Then::Wait), Some(Sweep)),
-        (STARTING, Exited(Some(78)), sweeping(Then::GiveUp), Some(Sweep)),
-        (STARTING, Exited(None), sweeping(Then::Wait), Some(Sweep)),
+        (STARTING, Exited(Some(0)), sweeping_up(Then::Wait), Some(Sweep)),
+        (STARTING, Exited(Some(78)), sweeping_up(Then::GiveUp), Some(Sweep)),
+        (STARTING, Exited(None), sweeping_up(Then::Wait), Some(Sweep)),
         (STARTING, Restart, STARTING, None),
         (STARTING, Shutdown, stopping(Then::Down), Some(Terminate)),
 
@@ -101,6 +128,9 @@ fn every_transition() {
         (sweeping(Then::GiveUp), Swept, FAILED, None),
         (sweeping(Then::Down), Swept, Down, Some(Finish)),
         (sweeping(Then::Wait), Restart, sweeping(Then::Start), None),
+        (sweeping_up(Then::Wait), Restart, sweeping_up(Then::Start), None),
+        (sweeping(Then::Down), Shutdown, cut(sweeping(Then::Down)), None),
+        (cut(sweeping(Then::Down)), Shutdown, cut(sweeping(Then::Down)), None),
         (sweeping(Then::GiveUp), Restart, sweeping(Then::Start), None),
         (sweeping(Then::Down), Restart, sweeping(Then::Down), None),
         (sweeping(Then::Start), Shutdown, sweeping(Then::Down), None),
@@ -157,6 +187,7 @@ fn nothing_happens_before_a_deadline_and_the_right_thing_at_it() {
         (stopping(Then::Restore), sweeping(Then::Restore), Sweep),
         (BACKOFF, STARTING, Spawn),
         (FAILED, STARTING, Spawn),
+        (sweeping(Then::Down), Phase::Down, Action::Finish),
     ];
     for (phase, expected, action) in rows {
         let state = prepared(phase, 0);
@@ -178,6 +209,10 @@ fn without_time(phase: Phase) -> Phase {
     match phase {
         Phase::Stopping { then, .. } => Phase::Stopping { until, then },
         Phase::Starting { .. } => Phase::Starting { until },
+        Phase::Sweeping { what, then, .. } => {
+            let until = None;
+            Phase::Sweeping { what, then, until }
+        }
         other => other,
     }
 }
@@ -221,8 +256,54 @@ fn a_clean_exit_or_a_request_does_not_wait_after_crashes() {
 }
 
 #[test]
+fn early_clean_exits_wait_from_the_second_one_on() {
+    let ready = |state, since| State {
+        phase: Phase::Running { since },
+        ..state
+    };
+    let leave = |state| {
+        let (left, _) = next(state, Event::Exited(Some(0)), NOW, 0.0, &POLICY);
+        next(left, Event::Swept, NOW, 0.0, &POLICY).0
+    };
+    let mut state = leave(ready(prepared(STARTING, 0), at(999)));
+    assert_eq!(state.phase, STARTING);
+    for milliseconds in [250, 500, 1000] {
+        state = leave(ready(state, at(991)));
+        let until = NOW + Duration::from_millis(milliseconds);
+        assert_eq!(state.phase, Phase::Backoff { until });
+    }
+    // One that was ready for longer may leave, and so may the next.
+    let state = leave(ready(state, at(990)));
+    assert_eq!(state.phase, STARTING);
+    let state = leave(ready(state, at(999)));
+    assert_eq!(state.phase, STARTING);
+}
+
+#[test]
+fn the_first_restore_follows_a_sweep_and_is_all_that_is_shown() {
+    let boot = State::boot(&POLICY);
+    assert_eq!((boot.word(), boot.deadline()), ("restoring", None));
+    let (state, action) = next(boot, Event::Swept, NOW, 0.0, &POLICY);
+    let expected = (Phase::Restoring, Some(Action::Restore));
+    assert_eq!((state.phase, action), expected);
+    let (state, _) = next(boot, Event::Shutdown, NOW, 0.0, &POLICY);
+    assert_eq!(state.deadline(), Some(at(1010)));
+}
+
+#[test]
+fn the_end_of_a_prepare_step_is_no_stop() {
+    for code in [0, 1] {
+        let exited = Event::Exited(Some(code));
+        let (state, _) = next(prepared(PREPARING, 0), exited, NOW, 0.0, &POLICY);
+        assert_eq!(state.word(), "starting");
+    }
+    let (state, _) = next(prepared(RUNNING, 0), Event::Exited(None), NOW, 0.0, &POLICY);
+    assert_eq!(state.word(), "stopping");
+}
+
+#[test]
 fn the_prepare_step_runs_until_it_succeeds_and_then_no_more() {
-    let (state, action) = next(State::boot(&PREPARED), Event::Restored, NOW, 0.0, &POLICY);
+    let (state, action) = next(restoring(&PREPARED), Event::Restored, NOW, 0.0, &POLICY);
     assert_eq!((state.phase, action), (PREPARING, Some(Action::Prepare)));
     let failed = crash(state);
     let (again, action) = next(failed, Event::Restart, NOW, 0.0, &POLICY);
@@ -236,7 +317,7 @@ fn the_prepare_step_runs_until_it_succeeds_and_then_no_more() {
 
 #[test]
 fn a_failed_restore_holds_unless_told_to_start() {
-    let mut state = State::boot(&POLICY);
+    let mut state = restoring(&POLICY);
     for seconds in [1, 2, 4, 8, 16, 32, 60, 60] {
         let (held, action) = next(state, Event::RestoreFailed, NOW, 0.0, &POLICY);
         let until = NOW + at(seconds);
@@ -251,7 +332,7 @@ fn a_failed_restore_holds_unless_told_to_start() {
         hold: false,
         ..POLICY
     };
-    let (state, action) = next(State::boot(&POLICY), Event::RestoreFailed, NOW, 0.0, &start);
+    let (state, action) = next(restoring(&POLICY), Event::RestoreFailed, NOW, 0.0, &start);
     assert_eq!((state.phase, action), (STARTING, Some(Action::Spawn)));
 }
 

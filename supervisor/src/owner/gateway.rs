@@ -1,6 +1,6 @@
 //! The owner's hands on the gateway: starting it, hearing of its end, asking it to go, and sweeping up after it.
 
-use std::process::{ChildStderr, Stdio};
+use std::ffi::{OsStr, OsString};
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
@@ -8,20 +8,26 @@ use nix::unistd::Pid;
 use serde_json::json;
 use tokio::net::unix::pipe;
 use tokio::task::JoinHandle;
+use tokio::time::{sleep_until, timeout};
 
 use super::{Event, Owner};
 use crate::api::envelope::Problem;
-use crate::gateway::process::Prepared;
-use crate::gateway::process_table::Belongs;
-use crate::gateway::state::{self, Phase, Then};
-use crate::gateway::{files, probe, process, root, rpc, sweep};
+use crate::blocking;
+use crate::gateway::process::{Unstarted, command};
+use crate::gateway::root::{Fault, Identity};
+use crate::gateway::state::{self, Phase, State, Swept, Then};
+use crate::gateway::sweep::{self, Belongs, named};
+use crate::gateway::{files, probe, root, rpc};
 use crate::log::log;
-use crate::reaper::{Exit, pid};
-use crate::status::LastExit;
+use crate::reaper::{Exit, Side};
+use crate::status::{ExitReason, LastExit};
 use crate::stderr;
 
 /// The gateway takes a restart request in milliseconds; one that does not gets SIGTERM.
 const ASK_TIME_LIMIT: Duration = Duration::from_secs(2);
+
+/// For a look at the root. A network disk may take a moment.
+const ROOT_TIME_LIMIT: Duration = Duration::from_secs(10);
 
 /// The gateway's process, or that of its prepare script.
 pub(super) struct Process {
@@ -30,133 +36,182 @@ pub(super) struct Process {
     probe: Option<JoinHandle<()>>,
 }
 
+/// What a start found of the root, and what went wrong with making it.
+pub type Look = Result<(Identity, Option<std::io::Error>), Fault>;
+
 impl Owner {
-    /// Before a start. The first one since a restore makes the root where there is none; each later one finds that same root,
-    /// or nothing is started.
-    pub(super) fn ready_root(&mut self) -> Option<state::Event> {
-        let path = &self.config.root;
-        if self.root.is_none()
-            && let Err(error) = root::make(path, &self.config.user)
-        {
-            let reason = error.to_string();
-            log!(Error, "the root cannot be made ready", reason = reason);
+    /// A start begins with a look at the root, which may be on a disk that does not answer.
+    pub(super) fn begin_start(&mut self, is_gateway: bool) {
+        self.attempt += 1;
+        self.ending = None;
+        let (attempt, events) = (self.attempt, self.events.clone());
+        let (config, known) = (self.config.clone(), self.root);
+        tokio::spawn(async move {
+            let look = move || root::ready(&config.root, &config.user, known);
+            let look = blocking::within(ROOT_TIME_LIMIT, look).await;
+            let look = look.unwrap_or_else(|error| Err(Fault::Unreadable(error)));
+            let _ = events.send(Event::RootLooked(attempt, is_gateway, look));
+        });
+    }
+
+    /// Starts the program, unless the start was given up meanwhile.
+    pub(super) fn root_looked(&mut self, attempt: u64, is_gateway: bool, look: Look) {
+        if attempt != self.attempt {
+            return;
         }
-        let reason = match (root::identify(path), self.root) {
-            (Ok(Some(found)), None) => {
-                self.root = Some(found);
-                return None;
-            }
-            (Ok(Some(found)), Some(known)) if known.is_same(&found) => return None,
-            // It was just tried to make it.
-            (Ok(None), None) => return Some(self.not_started(process::NOT_FOUND)),
-            (Err(error), _) => {
-                let reason = error.to_string();
-                log!(Error, "cannot look at the root", reason = reason);
-                return Some(self.not_started(process::CANNOT_EXECUTE));
-            }
-            (Ok(None), Some(_)) => "it is not there: it was removed, or its volume is detached",
-            (Ok(Some(_)), Some(_)) => "another directory is in its place",
+        let root = self.config.root.display();
+        let unusable = |reason: String, code| Unstarted {
+            code,
+            setting: Some("RUNTIME_ROOT"),
+            reason,
         };
-        self.lose_root(reason);
-        Some(state::Event::RootLost)
+        let event = match look {
+            Ok((found, problem)) => {
+                if let Some(problem) = problem {
+                    let reason = problem.to_string();
+                    log!(Error, "the root cannot be made ready", reason = reason);
+                }
+                self.root = Some(found);
+                self.start(is_gateway)
+            }
+            Err(Fault::Lost(reason)) => {
+                self.lose_root(reason);
+                Some(state::Event::RootLost)
+            }
+            Err(Fault::Absent) => {
+                let reason = format!("cannot make the root {root}");
+                Some(self.not_started(is_gateway, unusable(reason, 127)))
+            }
+            Err(Fault::Unreadable(error)) => {
+                let reason = format!("cannot look at the root {root}: {error}");
+                Some(self.not_started(is_gateway, unusable(reason, 126)))
+            }
+        };
+        if let Some(event) = event {
+            self.step(event);
+        }
+    }
+
+    fn start(&mut self, is_gateway: bool) -> Option<state::Event> {
+        let config = self.config.clone();
+        let (program, arguments): (&OsStr, &[OsString]) = if is_gateway {
+            self.starts += 1;
+            let (program, arguments) = config.command.split_first()?;
+            (program, arguments)
+        } else {
+            (config.prepare.as_ref()?.as_os_str(), &[])
+        };
+        self.is_swept = false;
+        self.kills.remember();
+        let started = command(&config, program, arguments)
+            .and_then(|command| self.reaper.spawn(&command, Side::Gateway));
+        let (child, ends) = match started {
+            Ok(started) => started,
+            Err(error) => {
+                let unstarted = Unstarted::without_process(program, &error);
+                return Some(self.not_started(is_gateway, unstarted));
+            }
+        };
+        let pid = child.pid;
+        self.has_run = true;
+        self.relay(ends.stdout, ends.stderr);
+        let events = self.events.clone();
+        let program = program.to_owned();
+        tokio::spawn(async move {
+            let failure = ends.start.result().await.err();
+            if failure.is_none() {
+                log!(Info, "started", pid = pid.as_raw(), is_gateway = is_gateway);
+            }
+            let unstarted = failure.map(|failure| Unstarted::explain(&config, &program, failure));
+            if let Ok(exit) = child.exit.await {
+                let _ = events.send(Event::Exited(pid, exit, unstarted));
+            }
+        });
+        let probe = is_gateway.then(|| {
+            let (events, gateway) = (self.events.clone(), self.config.gateway_address);
+            tokio::spawn(async move {
+                probe::until_ready(gateway).await;
+                let _ = events.send(Event::Ready(pid));
+            })
+        });
+        self.process = Some(Process {
+            pid,
+            is_gateway,
+            probe,
+        });
+        None
     }
 
     /// Notes an end without a beginning.
-    fn not_started(&mut self, code: i32) -> state::Event {
-        let exit = Exit {
-            code: Some(code),
-            signal: None,
-        };
-        self.status.last_exit = Some(LastExit::now(exit, false));
-        state::Event::Exited(Some(code))
+    fn not_started(&mut self, is_gateway: bool, unstarted: Unstarted) -> state::Event {
+        let code = Some(unstarted.code);
+        let exit = Exit { code, signal: None };
+        self.note_unstarted(is_gateway, exit, unstarted);
+        state::Event::Exited(code)
     }
 
-    pub(super) fn spawn(
-        &mut self,
-        mut program: Prepared,
-        is_gateway: bool,
-    ) -> Option<state::Event> {
-        self.is_swept = false;
-        program.command.stderr(Stdio::piped());
-        self.kills.remember();
-        match self.reaper.spawn(&mut program.command) {
-            Ok((mut child, exit)) => {
-                let pid = pid(&child);
-                self.has_run = true;
-                self.relay(child.stderr.take());
-                log!(Info, "started", pid = pid.as_raw(), is_gateway = is_gateway);
-                let events = self.events.clone();
-                tokio::spawn(async move {
-                    if let Ok(exit) = exit.await {
-                        let _ = events.send(Event::Exited(pid, exit));
-                    }
-                });
-                let probe = is_gateway.then(|| {
-                    let (events, gateway) = (self.events.clone(), self.config.gateway_address);
-                    tokio::spawn(async move {
-                        probe::until_ready(gateway).await;
-                        let _ = events.send(Event::Ready(pid));
-                    })
-                });
-                self.process = Some(Process {
-                    pid,
-                    is_gateway,
-                    probe,
-                });
-                None
-            }
-            Err(error) => {
-                let unstarted = program.explain(&error);
-                log!(
-                    Error,
-                    "cannot start the program",
-                    failed = unstarted.what,
-                    setting = unstarted.setting,
-                    reason = error.to_string(),
-                    is_gateway = is_gateway,
-                );
-                Some(self.not_started(unstarted.code))
-            }
-        }
+    fn note_unstarted(&mut self, is_gateway: bool, exit: Exit, unstarted: Unstarted) {
+        log!(
+            Error,
+            "cannot start the program",
+            reason = unstarted.reason.as_str(),
+            setting = unstarted.setting,
+            is_gateway = is_gateway,
+        );
+        let message = Some(unstarted.reason);
+        self.status.last_exit = Some(LastExit::now(exit, Some(ExitReason::Exec), message));
     }
 
     /// Passes on what the process writes, from now until nobody can write any more, or the next one is there: whoever still
     /// holds the pipe then is nothing of the gateway.
-    fn relay(&mut self, written: Option<ChildStderr>) {
-        let pipe = written.map(|end| pipe::Receiver::from_owned_fd(end.into()));
-        let relay = pipe.and_then(Result::ok).map(|pipe| {
-            let tail = self.status.stderr.clone();
-            tokio::spawn(stderr::relay(pipe, move |line| {
-                tail.add(line);
-                true
-            }))
-        });
-        if let Some(last) = std::mem::replace(&mut self.relay, relay) {
+    fn relay(&mut self, _stdout: pipe::Receiver, stderr: pipe::Receiver) {
+        let tail = self.status.stderr.clone();
+        let relay = tokio::spawn(stderr::relay(stderr, move |line| {
+            tail.add(line);
+            true
+        }));
+        if let Some(last) = self.relay.replace(relay) {
             last.abort();
         }
     }
 
-    pub(super) fn exited(&mut self, pid: Pid, exit: Exit) {
+    pub(super) fn exited(&mut self, pid: Pid, exit: Exit, unstarted: Option<Unstarted>) {
         if !self.is_current(pid) {
             return;
         }
         let process = self.process.take().expect("is current");
-        // While we sweep, the kill is ours.
-        let is_oom = !self.is_sweeping() && self.kills.explain(exit);
         if let Some(probe) = process.probe {
             probe.abort();
         }
-        log!(
-            Info,
-            "exited",
-            pid = pid.as_raw(),
-            is_gateway = process.is_gateway,
-            code = exit.code,
-            signal = exit.signal_name(),
-            is_oom = is_oom,
-        );
-        if process.is_gateway || exit.code != Some(0) {
-            self.status.last_exit = Some(LastExit::now(exit, is_oom));
+        // While we sweep, the kill is ours.
+        let is_oom = !self.is_sweeping() && self.kills.explain(exit);
+        let ending = self.ending.take();
+        if let Some(unstarted) = unstarted {
+            self.note_unstarted(process.is_gateway, exit, unstarted);
+        } else {
+            let (reason, message) = match ending {
+                _ if is_oom => (Some(ExitReason::Oom), None),
+                Some((reason, message)) => (Some(reason), Some(message)),
+                None if !process.is_gateway && exit.code != Some(0) => {
+                    let how = exit.describe();
+                    let message = format!("the prepare step failed: it ended with {how}");
+                    (Some(ExitReason::Prepare), Some(message))
+                }
+                None => (None, None),
+            };
+            log!(
+                Info,
+                "exited",
+                pid = pid.as_raw(),
+                is_gateway = process.is_gateway,
+                code = exit.code,
+                signal = exit.signal_name(),
+                reason = reason.map(ExitReason::word),
+                message = message.clone(),
+            );
+            if process.is_gateway || exit.code != Some(0) {
+                self.status.last_exit = Some(LastExit::now(exit, reason, message));
+            }
         }
         self.step(state::Event::Exited(exit.code));
         if std::mem::take(&mut self.is_swept) {
@@ -164,29 +219,92 @@ impl Owner {
         }
     }
 
-    pub(super) fn sweep(&mut self) -> Option<state::Event> {
-        let belongs = self.belongs();
-        if self.process.is_none() && sweep::is_clean(&belongs) {
-            return Some(state::Event::Swept);
+    /// What an end that we bring about is to be called.
+    pub(super) fn note_ending(&mut self, event: state::Event, next: &State) {
+        let timeout = self.config.startup_timeout.as_secs_f64();
+        let grace = self.config.stop_grace.as_secs_f64();
+        let (reason, message) = match (self.state.phase, event, next.phase) {
+            (Phase::Preparing { .. }, state::Event::Tick, _) => (
+                ExitReason::Prepare,
+                format!(
+                    "the prepare step did not end within {timeout} s (RUNTIME_STARTUP_TIMEOUT) and was stopped"
+                ),
+            ),
+            (Phase::Starting { .. }, state::Event::Tick, _) => (
+                ExitReason::StartupTimeout,
+                format!(
+                    "it was not ready within {timeout} s (RUNTIME_STARTUP_TIMEOUT) and was stopped"
+                ),
+            ),
+            (Phase::Stopping { .. }, state::Event::Tick, Phase::Sweeping { .. }) => (
+                ExitReason::Killed,
+                format!(
+                    "it did not end within {grace} s (RUNTIME_STOP_GRACE) after it was asked to, and was killed"
+                ),
+            ),
+            (Phase::Stopping { .. }, state::Event::Shutdown, Phase::Sweeping { .. }) => (
+                ExitReason::Killed,
+                "a further signal to stop cut its grace, and it was killed".to_owned(),
+            ),
+            _ => return,
+        };
+        if let Some(process) = &self.process {
+            let pid = process.pid.as_raw();
+            log!(
+                Warn,
+                "stopping a process",
+                pid = pid,
+                reason = message.as_str()
+            );
+            // The first reason counts: one that was too slow to start may be too slow to end.
+            self.ending.get_or_insert((reason, message));
         }
+    }
+
+    pub(super) fn sweep(&mut self) -> Option<state::Event> {
+        let belongs = match self.belongs() {
+            Some(belongs) => belongs,
+            None => return Some(state::Event::Swept),
+        };
         let (reaper, events) = (self.reaper.clone(), self.events.clone());
         tokio::spawn(async move {
-            sweep::sweep(&belongs, &reaper).await;
+            let told = events.clone();
+            let tell = move |left| drop(told.send(Event::Left(left)));
+            sweep::sweep(&belongs, &reaper, tell).await;
             let _ = events.send(Event::Swept);
         });
         None
     }
 
-    pub(super) fn belongs(&self) -> Belongs {
+    /// Whose processes are to be swept; none when there can be none.
+    fn belongs(&self) -> Option<Belongs> {
         let user = &self.config.user;
-        if user.is_apart() {
-            Belongs::ToUser(user.uid)
-        } else {
-            let agent = self.run.as_ref().and_then(|run| run.pid);
-            Belongs::ByDescent {
-                except: agent.into_iter().collect(),
+        let is_first = matches!(
+            self.state.phase,
+            Phase::Sweeping {
+                what: Swept::Earlier,
+                ..
             }
+        );
+        // As PID 1 we are the first process that there is.
+        if is_first && std::process::id() == 1 {
+            return None;
         }
+        match (user.is_apart(), is_first) {
+            (true, _) => Some(Belongs::ToUser(user.uid)),
+            (false, true) => Some(Belongs::ByEnvironment(self.config.root.clone())),
+            (false, false) => Some(Belongs::ByDescent),
+        }
+    }
+
+    /// We leave although something of the gateway does not die.
+    pub(super) fn give_up_sweep(&mut self) {
+        log!(
+            Error,
+            "leaving processes of the gateway behind: they do not end after SIGKILL, as on a dead disk",
+            pids = named(&self.left),
+        );
+        self.is_unswept = true;
     }
 
     /// The gateway's own restart request drains within a budget; SIGTERM alone may drain for five minutes.
@@ -209,12 +327,14 @@ impl Owner {
             },
         });
         let (config, events) = (self.config.clone(), self.events.clone());
+        let drained = tokio::time::Instant::now() + budget;
         tokio::spawn(async move {
             let call = rpc::call(&config, "gateway.restart.request", params);
-            let answer = tokio::time::timeout(ASK_TIME_LIMIT, call).await;
-            if !matches!(answer, Ok(Ok(_))) {
-                let _ = events.send(Event::AskFailed(pid));
+            let answer = timeout(ASK_TIME_LIMIT, call).await;
+            if matches!(answer, Ok(Ok(_))) {
+                sleep_until(drained).await;
             }
+            let _ = events.send(Event::AskedInVain(pid));
         });
     }
 
@@ -245,7 +365,10 @@ impl Owner {
                     then: Then::Down,
                     ..
                 }
-                | Phase::Sweeping { then: Then::Down }
+                | Phase::Sweeping {
+                    then: Then::Down,
+                    ..
+                }
         );
         if is_leaving {
             return Err(Problem::GatewayUnavailable(

@@ -19,41 +19,62 @@ use tokio::sync::{oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep_until, timeout};
 
-use crate::agent::{Failure, Outcome, Progress, Run, Verb};
+use crate::agent::{Failure, News, Outcome, Run, Verb};
 use crate::api::envelope::Problem;
 use crate::backups::{Backups, Refusal};
+use crate::blocking;
 use crate::clock::Moment;
 use crate::config::Config;
 use crate::final_snapshot::{Tree, loss};
+use crate::gateway::process::Unstarted;
 use crate::gateway::root::Identity;
 use crate::gateway::state::{self, Action, Phase, Policy, State};
-use crate::gateway::{process, root, transitions};
+use crate::gateway::{root, transitions};
 use crate::log::log;
 use crate::oom::Kills;
 use crate::reaper::{Exit, Reaper};
-use crate::status::Status;
-use gateway::Process;
+use crate::status::{ExitReason, Status};
+use gateway::{Look, Process};
 
 /// For what the gateway wrote before it ended, to be passed on.
 const LAST_WORDS: Duration = Duration::from_millis(100);
+
+/// For a last look at the root.
+const LAST_LOOK: Duration = Duration::from_secs(1);
 
 /// What a backup answers to each call that shares it.
 pub type BackupAnswer = Result<Value, Problem>;
 
 /// Everything that can happen.
 pub enum Event {
-    /// SIGTERM or SIGINT.
+    /// A signal to stop.
     Shutdown,
     Restart(oneshot::Sender<Result<u64, Problem>>),
     Backup(oneshot::Sender<BackupAnswer>),
-    Exited(Pid, Exit),
+    /// And why it did not become its program, if it did not.
+    Exited(Pid, Exit, Option<Unstarted>),
+    /// For the start of this number: the gateway's, or that of the prepare step.
+    RootLooked(u64, bool, Look),
+    /// A backup says that the root is lost, and whether another one is there.
+    RootChecked(String, bool),
     Ready(Pid),
     Version(String),
-    /// The gateway could not be asked to go.
-    AskFailed(Pid),
+    /// The gateway could not be asked to go, or has not gone within its time.
+    AskedInVain(Pid),
+    /// What SIGKILL has not ended yet.
+    Left(Vec<Pid>),
     Swept,
-    AgentProgressed(Verb, Progress),
+    AgentTold(Verb, News),
     AgentEnded(Verb, Outcome),
+}
+
+/// How a life ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ended {
+    /// The next boot restores what this life leaves.
+    pub is_saved: bool,
+    /// Nothing went wrong that somebody has to look after.
+    pub is_well: bool,
 }
 
 /// The channel is not bounded: its senders are (children, connections, timers), and an owner that waited on itself would
@@ -76,9 +97,19 @@ pub struct Owner {
     kills: Kills,
     /// The sweep found nothing, but the exit of `process` has not come through yet.
     is_swept: bool,
+    /// What the last round of a sweep found.
+    left: Vec<Pid>,
+    /// A sweep was given up, at the end.
+    is_unswept: bool,
+    /// What the end that we bring about is to be called.
+    ending: Option<(ExitReason, String)>,
+    /// Counts the starts and what ends them before there is a process.
+    attempt: u64,
     starts: u64,
     backups: Backups<oneshot::Sender<BackupAnswer>>,
     run: Option<Run>,
+    /// An agent that SIGKILL has not ended.
+    stuck: Option<Pid>,
     next_backup: Option<Moment>,
     /// The root as the first start since the last restore found it.
     root: Option<Identity>,
@@ -120,9 +151,14 @@ impl Owner {
             relay: None,
             kills: Kills::new(),
             is_swept: false,
+            left: Vec::new(),
+            is_unswept: false,
+            ending: None,
+            attempt: 0,
             starts: 0,
             backups,
             run: None,
+            stuck: None,
             next_backup: None,
             root: None,
             is_restore_due: false,
@@ -131,9 +167,11 @@ impl Owner {
         }
     }
 
-    /// Boots, and returns after the shutdown: whether everything that should have been saved is.
-    pub async fn run(mut self, mut inbox: UnboundedReceiver<Event>) -> bool {
-        self.act(Action::Restore);
+    /// Boots, and returns after the shutdown.
+    pub async fn run(mut self, mut inbox: UnboundedReceiver<Event>) -> Ended {
+        if let Some(event) = self.act(Action::Sweep) {
+            self.step(event);
+        }
         loop {
             self.begin_run();
             self.publish();
@@ -141,11 +179,10 @@ impl Owner {
                 if let Some(relay) = self.relay.take() {
                     let _ = timeout(LAST_WORDS, relay).await;
                 }
-                return self.is_saved();
+                return self.end().await;
             }
-            // A backup that is due waits for a sweep or a prune, whose ends are events.
-            let is_held = self.is_sweeping() || self.backups.is_pruning();
-            let next_backup = self.backups.next().filter(|_| !is_held);
+            // A backup that is due waits for a prune, whose end is an event.
+            let next_backup = self.backups.next().filter(|_| !self.backups.is_pruning());
             let due = [self.state.deadline(), next_backup];
             let due = due.into_iter().flatten().min();
             tokio::select! {
@@ -170,19 +207,33 @@ impl Owner {
                     }));
                 }
             }
-            Event::Exited(pid, exit) => self.exited(pid, exit),
+            Event::Exited(pid, exit, unstarted) => self.exited(pid, exit, unstarted),
             Event::Ready(pid) if self.is_current(pid) => {
                 self.step(state::Event::Ready);
                 self.ask_version();
             }
             Event::Version(version) => self.status.openclaw = Some(version),
-            Event::AskFailed(pid) if self.is_current(pid) => {
+            Event::AskedInVain(pid) if self.is_current(pid) => {
                 self.reaper.signal(pid, Signal::SIGTERM);
             }
-            Event::Ready(_) | Event::AskFailed(_) => {}
+            Event::Ready(_) | Event::AskedInVain(_) => {}
+            Event::RootLooked(attempt, is_gateway, look) => {
+                self.root_looked(attempt, is_gateway, look);
+            }
+            Event::RootChecked(reason, is_another) => {
+                if is_another && !self.is_restoring() {
+                    self.lose_root(&reason);
+                    self.step(state::Event::RootLost);
+                }
+            }
+            Event::Left(pids) => self.left = pids,
             Event::Swept if self.process.is_some() => self.is_swept = true,
-            Event::Swept => self.step(state::Event::Swept),
-            Event::AgentProgressed(verb, progress) => self.progressed(verb, progress),
+            Event::Swept => {
+                self.left.clear();
+                self.is_unswept = false;
+                self.step(state::Event::Swept);
+            }
+            Event::AgentTold(verb, news) => self.told(verb, news),
             Event::AgentEnded(Verb::Restore, outcome) => self.restored(outcome),
             Event::AgentEnded(verb @ (Verb::Backup | Verb::Fork), outcome) => {
                 self.backed_up(verb, outcome);
@@ -199,9 +250,14 @@ impl Owner {
             let (state, action) =
                 transitions::next(self.state, current, self.now(), jitter(), &self.policy);
             if self.state.phase != state.phase {
+                self.note_ending(current, &state);
                 self.entered(&state);
             }
+            let is_given_up = self.is_sweeping() && current == state::Event::Tick;
             self.state = state;
+            if is_given_up && state.phase == Phase::Down {
+                self.give_up_sweep();
+            }
             let after = self.state.word();
             if before != after {
                 self.status.since = SystemTime::now();
@@ -227,22 +283,12 @@ impl Owner {
         match action {
             Action::Restore => self.restore(),
             Action::Prepare => {
-                if let Some(event) = self.ready_root() {
-                    return Some(event);
-                }
-                let script = self.config.prepare.clone().unwrap_or_default();
-                let command = process::command(&self.config, script.as_os_str(), &[""; 0]);
-                self.spawn(command, false)
+                self.begin_start(false);
+                None
             }
             Action::Spawn => {
-                if let Some(event) = self.ready_root() {
-                    return Some(event);
-                }
-                self.starts += 1;
-                let config = &self.config;
-                let (program, arguments) = config.command.split_first()?;
-                let command = process::command(config, program, arguments);
-                self.spawn(command, true)
+                self.begin_start(true);
+                None
             }
             Action::Ask => {
                 self.ask();
@@ -250,7 +296,8 @@ impl Owner {
             }
             Action::Terminate => {
                 let Some(process) = &self.process else {
-                    // It was not started: the root is lost.
+                    // It was not started yet, and is not to be.
+                    self.attempt += 1;
                     return Some(state::Event::Exited(None));
                 };
                 self.reaper.signal(process.pid, Signal::SIGTERM);
@@ -268,26 +315,39 @@ impl Owner {
         }
     }
 
-    /// Whether this life ends well. What the next boot does not restore is said.
-    fn is_saved(&self) -> bool {
-        let tree = match (self.has_run, root::is_empty(&self.config.root)) {
+    /// How this life ends. What the next boot does not restore is said, and so is what is left behind.
+    async fn end(&self) -> Ended {
+        let root = self.config.root.clone();
+        let is_empty = blocking::within(LAST_LOOK, move || root::is_empty(&root)).await;
+        let tree = match (self.has_run, is_empty.unwrap_or_default()) {
             (true, _) => Tree::Used,
             (false, true) => Tree::Nothing,
             (false, false) => Tree::Unused,
         };
-        let Some(loss) = loss(self.last_ended.as_ref(), self.backups.mode(), tree) else {
-            return true;
-        };
-        if loss.is_fork() {
+        let loss = loss(self.last_ended.as_ref(), self.backups.mode(), tree);
+        if let Some(loss) = &loss {
+            if loss.is_fork() {
+                log!(
+                    Error,
+                    "final snapshot not in the head",
+                    reason = loss.reason()
+                );
+            } else {
+                log!(Error, "final snapshot lost", reason = loss.reason());
+            }
+        }
+        if let Some(pid) = self.stuck {
             log!(
                 Error,
-                "final snapshot not in the head",
-                reason = loss.reason()
+                "leaving a backup-agent behind: it does not end after SIGKILL, as on a dead disk",
+                pid = pid.as_raw()
             );
-        } else {
-            log!(Error, "final snapshot lost", reason = loss.reason());
         }
-        !loss.is_failure()
+        let is_alone = !self.is_unswept && self.stuck.is_none();
+        Ended {
+            is_saved: loss.is_none(),
+            is_well: is_alone && loss.is_none_or(|loss| !loss.is_failure()),
+        }
     }
 
     /// Each signal cuts the wait that is current: the gateway's grace first, then the agent.
@@ -303,6 +363,10 @@ impl Owner {
         self.process
             .as_ref()
             .is_some_and(|process| process.pid == pid)
+    }
+
+    fn is_restoring(&self) -> bool {
+        matches!(self.state.phase, Phase::Restoring | Phase::Held { .. })
     }
 
     fn is_sweeping(&self) -> bool {

@@ -5,9 +5,10 @@ use std::time::SystemTime;
 use serde_json::{Value, json};
 
 use super::{Event, Owner, jitter};
-use crate::agent::{self, Failure, Outcome, Progress, Report, Verb, code};
+use crate::agent::{self, Failure, News, Outcome, Report, Verb, code};
 use crate::api::envelope::Problem;
 use crate::backups::Mode;
+use crate::blocking;
 use crate::gateway::root;
 use crate::gateway::state::{self, Phase};
 use crate::log::log;
@@ -61,9 +62,17 @@ impl Owner {
 
     fn start_agent(&mut self, verb: Verb) {
         let events = self.events.clone();
+        if let Some(pid) = self.stuck {
+            let failure = Failure::stuck(pid);
+            let _ = events.send(Event::AgentEnded(verb, Err(failure)));
+            return;
+        }
         let told = self.events.clone();
-        let tell = move |progress| drop(told.send(Event::AgentProgressed(verb, progress)));
+        let tell = move |news| drop(told.send(Event::AgentTold(verb, news)));
         let done = move |outcome| drop(events.send(Event::AgentEnded(verb, outcome)));
+        if verb == Verb::Restore {
+            log!(Info, "restoring", store = self.config.store.word());
+        }
         self.run = Some(agent::start(
             &self.config,
             &self.reaper,
@@ -75,18 +84,28 @@ impl Owner {
         ));
     }
 
-    /// Comes before the end of the run that it is about.
-    pub(super) fn progressed(&mut self, verb: Verb, progress: Progress) {
-        match verb {
-            Verb::Restore => self.status.restore_progress = Some(progress),
-            Verb::Backup | Verb::Fork => self.status.backup_progress = Some(progress),
-            Verb::Prune => {}
+    pub(super) fn told(&mut self, verb: Verb, news: News) {
+        let status = &mut self.status;
+        let (progress, waiting) = match verb {
+            Verb::Restore => (&mut status.restore_progress, &mut status.restore_waiting),
+            Verb::Backup | Verb::Fork => (&mut status.backup_progress, &mut status.backup_waiting),
+            Verb::Prune => (&mut None, &mut None),
+        };
+        match news {
+            News::Progress(now) => {
+                *progress = Some(now);
+                *waiting = None;
+            }
+            News::Waiting(what) => *waiting = Some(what),
+            News::Stuck(pid) => self.stuck = Some(pid),
+            News::Gone => self.stuck = None,
         }
     }
 
     pub(super) fn restored(&mut self, outcome: Outcome) {
         self.run = None;
         self.status.restore_progress = None;
+        self.status.restore_waiting = None;
         if self.state.phase == Phase::Down {
             return;
         }
@@ -129,7 +148,7 @@ impl Owner {
         self.step(event);
     }
 
-    /// Starts the run that is due. Not during a sweep: that might take the young agent for one of the gateway's.
+    /// Starts the run that is due.
     pub(super) fn begin_run(&mut self) {
         if self.state.phase == Phase::Restoring && self.is_restore_due && self.run.is_none() {
             self.is_restore_due = false;
@@ -139,9 +158,6 @@ impl Owner {
             // Whatever it has not removed is removed by the next one.
             self.cancel_agent();
         }
-        if self.is_sweeping() {
-            return;
-        }
         if let Some(verb) = self.backups.begin(self.now()) {
             self.start_agent(verb);
         }
@@ -150,8 +166,9 @@ impl Owner {
     pub(super) fn backed_up(&mut self, verb: Verb, outcome: Outcome) {
         self.run = None;
         self.status.backup_progress = None;
-        let lost = match &outcome {
-            Err(failure) if self.is_root_lost(failure) => Some(failure.error.clone()),
+        self.status.backup_waiting = None;
+        let says_lost = match &outcome {
+            Err(failure) if failure.word.is_some() => Some(failure.error.clone()),
             _ => None,
         };
         let (answer, ended) = match outcome {
@@ -172,9 +189,8 @@ impl Owner {
         for reply in self.backups.end(self.now(), jitter()) {
             let _ = reply.send(answer.clone());
         }
-        if let Some(reason) = lost {
-            self.lose_root(&reason);
-            self.step(state::Event::RootLost);
+        if let Some(reason) = says_lost {
+            self.check_root(reason);
         }
     }
 
@@ -261,15 +277,24 @@ impl Owner {
 
     /// Whether only a restore helps. Forks are taken of a tree that no restore made: there our own eyes decide, or the gateway
     /// would be stopped after each of them.
-    fn is_root_lost(&self, failure: &Failure) -> bool {
-        let is_restoring = matches!(self.state.phase, Phase::Restoring | Phase::Held { .. });
-        let is_another = || match (root::identify(&self.config.root), self.root) {
-            (Ok(found), Some(known)) => !found.is_some_and(|found| known.is_same(&found)),
-            _ => false,
+    fn check_root(&self, reason: String) {
+        let events = self.events.clone();
+        if self.backups.mode() == Mode::Enabled(Verb::Backup) {
+            let _ = events.send(Event::RootChecked(reason, true));
+            return;
+        }
+        let (Some(known), root) = (self.root, self.config.root.clone()) else {
+            return;
         };
-        failure.word.is_some()
-            && !is_restoring
-            && (self.backups.mode() == Mode::Enabled(Verb::Backup) || is_another())
+        tokio::spawn(async move {
+            let look = move || root::identify(&root);
+            let look = blocking::within(super::LAST_LOOK, look).await;
+            // What cannot be looked at may be the same.
+            if let Ok(Ok(found)) = look {
+                let is_another = !found.is_some_and(|found| known.is_same(&found));
+                let _ = events.send(Event::RootChecked(reason, is_another));
+            }
+        });
     }
 
     /// A prune that fails is tried again in an hour, and no backup is the worse for it.
