@@ -54,7 +54,7 @@ impl Reaper {
     /// No descriptor or no process is left.
     pub fn spawn(&self, program: &Program, side: Side) -> io::Result<(Child, ParentEnds)> {
         let (ends, child_ends) = pipes()?;
-        let child = self.fork(side, program.into_child(child_ends))?;
+        let child = self.fork(side, program.child(child_ends))?;
         Ok((child, ends))
     }
 

@@ -147,7 +147,7 @@ impl Program {
     }
 
     /// What the new process runs, made before the fork. Returns only when it did not become the program, with its exit code.
-    pub fn into_child(&self, ends: ChildEnds) -> impl FnOnce() -> i32 + use<'_> {
+    pub fn child(&self, ends: ChildEnds) -> impl FnOnce() -> i32 + use<'_> {
         let pointers = |list: &[CString]| -> Vec<*const c_char> {
             let pointers = list.iter().map(|text| text.as_ptr());
             pointers.chain([ptr::null()]).collect()

@@ -14,6 +14,7 @@ pub mod golden;
 pub mod held;
 pub mod history;
 pub mod http;
+pub mod hung;
 pub mod ledger;
 pub mod machine;
 pub mod moto;

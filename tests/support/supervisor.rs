@@ -399,7 +399,9 @@ fn state(pid: i64) -> Option<char> {
 }
 
 fn field(pid: i64, name: &str) -> Option<String> {
-    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    // The name of a program need not be UTF-8.
+    let status = fs::read(format!("/proc/{pid}/status")).ok()?;
+    let status = String::from_utf8_lossy(&status);
     let mut lines = status.lines().filter_map(|line| line.split_once(':'));
     let (_, value) = lines.find(|(found, _)| *found == name)?;
     Some(value.trim().to_owned())

@@ -15,8 +15,8 @@ pub struct State {
     pub losses: u32,
     /// Whether the prepare step has run since the restore (or there is none).
     pub prepared: bool,
-    /// Whether the last exit was a clean one shortly after readiness.
-    pub exited_early: bool,
+    /// Clean exits shortly after readiness, in a row.
+    pub early_exits: u32,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -130,7 +130,7 @@ impl State {
             failures: 0,
             losses: 0,
             prepared: !policy.has_prepare,
-            exited_early: false,
+            early_exits: 0,
         }
     }
 

@@ -13,8 +13,10 @@ use crate::clock::Moment;
 /// Ready for this long, and earlier crashes are forgotten.
 const STABLE_AFTER: Duration = Duration::from_mins(1);
 
-/// A clean exit sooner than this after readiness is early: the second in a row counts as a crash.
+/// A clean exit sooner than this after readiness is early. So many in a row may be changes of its configuration; each further one
+/// counts as a crash.
 const EARLY: Duration = Duration::from_secs(10);
+const MAX_EARLY: u32 = 3;
 
 /// A sweep whose processes do not die holds up our own end for so long, and after a further signal only for so long.
 const LAST_SWEEP: Duration = Duration::from_secs(10);
@@ -84,12 +86,14 @@ pub fn next(
 
         // A clean exit of a ready gateway asks for a fresh process; one before readiness would loop hot, so it is a crash.
         (Phase::Running { since }, Event::Exited(Some(0))) => {
-            let exited_early = now.saturating_sub(since) < EARLY;
-            let is_loop = exited_early && state.exited_early;
+            let is_early = now.saturating_sub(since) < EARLY;
+            let early_exits = if is_early { state.early_exits + 1 } else { 0 };
+            let is_loop = early_exits > MAX_EARLY;
+            let early_exits = early_exits.min(MAX_EARLY);
             let (swept, action) = sweep(if is_loop { Then::Wait } else { Then::Start });
             (
                 State {
-                    exited_early,
+                    early_exits,
                     ..swept
                 },
                 action,

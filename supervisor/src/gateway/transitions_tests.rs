@@ -32,7 +32,7 @@ const fn prepared(phase: Phase, failures: u32) -> State {
         failures,
         losses: 0,
         prepared: true,
-        exited_early: false,
+        early_exits: 0,
     }
 }
 
@@ -256,7 +256,7 @@ fn a_clean_exit_or_a_request_does_not_wait_after_crashes() {
 }
 
 #[test]
-fn early_clean_exits_wait_from_the_second_one_on() {
+fn early_clean_exits_wait_from_the_fourth_one_on() {
     let ready = |state, since| State {
         phase: Phase::Running { since },
         ..state
@@ -265,18 +265,21 @@ fn early_clean_exits_wait_from_the_second_one_on() {
         let (left, _) = next(state, Event::Exited(Some(0)), NOW, 0.0, &POLICY);
         next(left, Event::Swept, NOW, 0.0, &POLICY).0
     };
-    let mut state = leave(ready(prepared(STARTING, 0), at(999)));
-    assert_eq!(state.phase, STARTING);
+    let mut state = prepared(STARTING, 0);
+    for _ in 0..3 {
+        state = leave(ready(state, at(991)));
+        assert_eq!(state.phase, STARTING);
+    }
     for milliseconds in [250, 500, 1000] {
         state = leave(ready(state, at(991)));
         let until = NOW + Duration::from_millis(milliseconds);
         assert_eq!(state.phase, Phase::Backoff { until });
     }
     // One that was ready for longer may leave, and so may the next.
-    let state = leave(ready(state, at(990)));
-    assert_eq!(state.phase, STARTING);
-    let state = leave(ready(state, at(999)));
-    assert_eq!(state.phase, STARTING);
+    for since in [990, 999] {
+        state = leave(ready(state, at(since)));
+        assert_eq!(state.phase, STARTING);
+    }
 }
 
 #[test]

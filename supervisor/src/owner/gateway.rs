@@ -83,6 +83,7 @@ impl Owner {
                 Some(self.not_started(is_gateway, unusable(reason, 127)))
             }
             Err(Fault::Unreadable(error)) => {
+                log!(Error, "cannot look at the root", reason = error.to_string());
                 let reason = format!("cannot look at the root {root}: {error}");
                 Some(self.not_started(is_gateway, unusable(reason, 126)))
             }
@@ -113,7 +114,6 @@ impl Owner {
             }
         };
         let pid = child.pid;
-        self.has_run = true;
         self.relay(ends.stdout, ends.stderr);
         let events = self.events.clone();
         let program = program.to_owned();
@@ -186,6 +186,7 @@ impl Owner {
         // While we sweep, the kill is ours.
         let is_oom = !self.is_sweeping() && self.kills.explain(exit);
         let ending = self.ending.take();
+        self.has_run |= unstarted.is_none();
         if let Some(unstarted) = unstarted {
             self.note_unstarted(process.is_gateway, exit, unstarted);
         } else {
@@ -262,9 +263,8 @@ impl Owner {
     }
 
     pub(super) fn sweep(&mut self) -> Option<state::Event> {
-        let belongs = match self.belongs() {
-            Some(belongs) => belongs,
-            None => return Some(state::Event::Swept),
+        let Some(belongs) = self.belongs() else {
+            return Some(state::Event::Swept);
         };
         let (reaper, events) = (self.reaper.clone(), self.events.clone());
         tokio::spawn(async move {
@@ -304,7 +304,7 @@ impl Owner {
             "leaving processes of the gateway behind: they do not end after SIGKILL, as on a dead disk",
             pids = named(&self.left),
         );
-        self.is_unswept = true;
+        self.left_behind = Some(std::mem::take(&mut self.left));
     }
 
     /// The gateway's own restart request drains within a budget; SIGTERM alone may drain for five minutes.

@@ -99,8 +99,8 @@ pub struct Owner {
     is_swept: bool,
     /// What the last round of a sweep found.
     left: Vec<Pid>,
-    /// A sweep was given up, at the end.
-    is_unswept: bool,
+    /// What a sweep had left when it was given up, at the end.
+    left_behind: Option<Vec<Pid>>,
     /// What the end that we bring about is to be called.
     ending: Option<(ExitReason, String)>,
     /// Counts the starts and what ends them before there is a process.
@@ -115,7 +115,7 @@ pub struct Owner {
     root: Option<Identity>,
     /// A restore waits for the run under way.
     is_restore_due: bool,
-    /// Whether anything of the gateway was started in this life.
+    /// Whether anything of the gateway that has ended was started in this life.
     has_run: bool,
     /// The last backup that ended after the gateway had gone, and whether it is a fork.
     last_ended: Option<Result<bool, Failure>>,
@@ -152,7 +152,7 @@ impl Owner {
             kills: Kills::new(),
             is_swept: false,
             left: Vec::new(),
-            is_unswept: false,
+            left_behind: None,
             ending: None,
             attempt: 0,
             starts: 0,
@@ -230,7 +230,7 @@ impl Owner {
             Event::Swept if self.process.is_some() => self.is_swept = true,
             Event::Swept => {
                 self.left.clear();
-                self.is_unswept = false;
+                self.left_behind = None;
                 self.step(state::Event::Swept);
             }
             Event::AgentTold(verb, news) => self.told(verb, news),
@@ -319,7 +319,8 @@ impl Owner {
     async fn end(&self) -> Ended {
         let root = self.config.root.clone();
         let is_empty = blocking::within(LAST_LOOK, move || root::is_empty(&root)).await;
-        let tree = match (self.has_run, is_empty.unwrap_or_default()) {
+        let has_run = self.has_run || self.process.is_some();
+        let tree = match (has_run, is_empty.unwrap_or_default()) {
             (true, _) => Tree::Used,
             (false, true) => Tree::Nothing,
             (false, false) => Tree::Unused,
@@ -343,7 +344,7 @@ impl Owner {
                 pid = pid.as_raw()
             );
         }
-        let is_alone = !self.is_unswept && self.stuck.is_none();
+        let is_alone = self.left_behind.is_none() && self.stuck.is_none();
         Ended {
             is_saved: loss.is_none(),
             is_well: is_alone && loss.is_none_or(|loss| !loss.is_failure()),

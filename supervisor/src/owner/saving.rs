@@ -86,26 +86,24 @@ impl Owner {
 
     pub(super) fn told(&mut self, verb: Verb, news: News) {
         let status = &mut self.status;
-        let (progress, waiting) = match verb {
-            Verb::Restore => (&mut status.restore_progress, &mut status.restore_waiting),
-            Verb::Backup | Verb::Fork => (&mut status.backup_progress, &mut status.backup_waiting),
-            Verb::Prune => (&mut None, &mut None),
-        };
-        match news {
-            News::Progress(now) => {
-                *progress = Some(now);
-                *waiting = None;
+        match (news, verb) {
+            (News::Progress(progress), Verb::Restore) => {
+                status.restore_progress = Some(progress);
+                status.restore_error = None;
             }
-            News::Waiting(what) => *waiting = Some(what),
-            News::Stuck(pid) => self.stuck = Some(pid),
-            News::Gone => self.stuck = None,
+            (News::Progress(progress), Verb::Backup | Verb::Fork) => {
+                status.backup_progress = Some(progress);
+            }
+            (News::Waiting(what), Verb::Restore) => status.restore_error = Some(what),
+            (News::Progress(_) | News::Waiting(_), _) => {}
+            (News::Stuck(pid), _) => self.stuck = Some(pid),
+            (News::Gone, _) => self.stuck = None,
         }
     }
 
     pub(super) fn restored(&mut self, outcome: Outcome) {
         self.run = None;
         self.status.restore_progress = None;
-        self.status.restore_waiting = None;
         if self.state.phase == Phase::Down {
             return;
         }
@@ -166,7 +164,6 @@ impl Owner {
     pub(super) fn backed_up(&mut self, verb: Verb, outcome: Outcome) {
         self.run = None;
         self.status.backup_progress = None;
-        self.status.backup_waiting = None;
         let says_lost = match &outcome {
             Err(failure) if failure.word.is_some() => Some(failure.error.clone()),
             _ => None,

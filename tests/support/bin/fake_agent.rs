@@ -1,8 +1,8 @@
 //! Stands in for `backup-agent`: answers as the test has written down beside it, and notes how it was called.
 //!
 //! `restore.json`, `backup.json` and `prune.json` hold a list of steps, one per run; the last one repeats. A step is
-//! `{"exit": 0, "answer": {…}, "gate": "name", "stderr": ["line"]}`; with a gate the run waits, after those lines, until a
-//! file of that name is there. `check` is answered by the real agent, `real-agent` beside it, unless `check.json` is there.
+//! `{"exit": 0, "answer": {…}, "gate": "name", "stderr": ["line"], "looks": "path"}`; with a gate the run waits, after those
+//! lines, until a file of that name is there; with a path it looks there, which a disk may hold up. `check` is answered by the real agent, `real-agent` beside it, unless `check.json` is there.
 
 use std::fs::{self, OpenOptions};
 use std::io::{Read as _, Write as _};
@@ -45,6 +45,10 @@ fn main() -> ExitCode {
         while !folder.join(gate).exists() {
             std::thread::sleep(Duration::from_millis(5));
         }
+    }
+    if let Some(path) = step["looks"].as_str() {
+        // There is nothing to be found.
+        drop(fs::metadata(path));
     }
     if step["closesOutput"] != true {
         println!("{}", step["answer"]);

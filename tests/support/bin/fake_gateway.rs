@@ -196,7 +196,7 @@ fn serve(mut stream: TcpStream, folder: &Path, behaviour: &Value) {
         // Holds the line without a word until the other side gives up.
         let _ = stream.read_to_end(&mut Vec::new());
     } else if let Ok(socket) = tungstenite::accept(stream) {
-        let _ = talk(socket, folder);
+        let _ = talk(socket, folder, behaviour);
     }
 }
 
@@ -215,7 +215,11 @@ fn answer(stream: &mut TcpStream, line: &str, body: &str) {
         .write_all(format!("HTTP/1.1 {line}\r\nContent-Length: {length}\r\n\r\n{body}").as_bytes());
 }
 
-fn talk(mut socket: WebSocket<TcpStream>, folder: &Path) -> Result<(), Box<tungstenite::Error>> {
+fn talk(
+    mut socket: WebSocket<TcpStream>,
+    folder: &Path,
+    behaviour: &Value,
+) -> Result<(), Box<tungstenite::Error>> {
     send(
         &mut socket,
         &json!({ "type": "event", "event": "connect.challenge", "payload": { "nonce": "n", "ts": 1 } }),
@@ -242,7 +246,7 @@ fn talk(mut socket: WebSocket<TcpStream>, folder: &Path) -> Result<(), Box<tungs
             }),
         };
         send(&mut socket, &answer)?;
-        if is_over {
+        if is_over && behaviour["stays"] != true {
             std::process::exit(0);
         }
     }
