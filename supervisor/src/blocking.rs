@@ -20,7 +20,6 @@ static THREADS: AtomicUsize = AtomicUsize::new(0);
 ///
 /// # Errors
 /// `TimedOut` after `limit`, or when too many calls hang already; what the kernel says when it gives no thread.
-#[cfg_attr(not(test), expect(dead_code, reason = "its callers follow"))]
 pub async fn within<T: Send + 'static>(
     limit: Duration,
     call: impl FnOnce() -> T + Send + 'static,

@@ -3,7 +3,6 @@
 use std::process::{ChildStderr, Stdio};
 use std::time::Duration;
 
-use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 use serde_json::json;
 use tokio::net::unix::pipe;
@@ -11,8 +10,10 @@ use tokio::task::JoinHandle;
 
 use super::{Event, Owner};
 use crate::api::envelope::Problem;
+use crate::config::Config;
 use crate::gateway::process::Prepared;
 use crate::gateway::process_table::Belongs;
+use crate::gateway::rpc::{Call, Size};
 use crate::gateway::state::{self, Phase, Then};
 use crate::gateway::{files, probe, process, root, rpc, sweep};
 use crate::log::log;
@@ -194,25 +195,10 @@ impl Owner {
         let Some(Process { pid, .. }) = self.process else {
             return;
         };
-        let Some(target) = files::restart_target(&self.config, pid.as_raw()) else {
-            self.reaper.signal(pid, Signal::SIGTERM);
-            return;
-        };
-        // A third of the grace is left for the exit itself.
-        let budget = self.config.stop_grace * 2 / 3;
-        let params = json!({
-            "reason": "supervisor",
-            "target": target,
-            "restartIntent": {
-                "force": true,
-                "drainBudgetMs": u64::try_from(budget.as_millis()).unwrap_or(u64::MAX),
-            },
-        });
         let (config, events) = (self.config.clone(), self.events.clone());
         tokio::spawn(async move {
-            let call = rpc::call(&config, "gateway.restart.request", params);
-            let answer = tokio::time::timeout(ASK_TIME_LIMIT, call).await;
-            if !matches!(answer, Ok(Ok(_))) {
+            let asked = tokio::time::timeout(ASK_TIME_LIMIT, request_restart(&config, pid)).await;
+            if asked != Ok(true) {
                 let _ = events.send(Event::AskFailed(pid));
             }
         });
@@ -260,4 +246,27 @@ impl Owner {
             self.starts + 1
         })
     }
+}
+
+/// Whether the gateway took the request.
+async fn request_restart(config: &Config, pid: Pid) -> bool {
+    let Ok(Some(target)) = files::restart_target(config, pid.as_raw()).await else {
+        return false;
+    };
+    // A third of the grace is left for the exit itself.
+    let budget = config.stop_grace * 2 / 3;
+    let call = Call {
+        method: "gateway.restart.request",
+        params: json!({
+            "reason": "supervisor",
+            "target": target,
+            "restartIntent": {
+                "force": true,
+                "drainBudgetMs": u64::try_from(budget.as_millis()).unwrap_or(u64::MAX),
+            },
+        }),
+        size: Size::Short,
+        take: |_| Vec::new(),
+    };
+    rpc::call(config, call).await.is_ok()
 }
