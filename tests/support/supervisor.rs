@@ -356,11 +356,14 @@ impl Supervisor {
         let _ = self.wait();
     }
 
+    /// How it ended, if it has.
+    pub fn try_wait(&mut self) -> Option<ExitStatus> {
+        self.child.try_wait().expect("is our child")
+    }
+
     /// Waits for its end.
     pub fn wait(&mut self) -> ExitStatus {
-        until_some("the end of the supervisor", || {
-            self.child.try_wait().expect("is our child")
-        })
+        until_some("the end of the supervisor", || self.try_wait())
     }
 
     /// SIGTERM, and its exit code.

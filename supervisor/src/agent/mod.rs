@@ -23,8 +23,8 @@ use tokio::sync::oneshot;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use crate::config::Config;
+use crate::log::{self, Relay, Source};
 use crate::reaper::{Exit, Reaper, pid};
-use crate::stderr;
 use outcome::judge;
 pub use outcome::{Failure, Outcome, code};
 pub use report::Report;
@@ -147,30 +147,22 @@ pub fn start(
         let output = child.stdout.take().expect("was asked to be piped");
         let errors = child.stderr.take().expect("was asked to be piped");
         let receiver = |end: OwnedFd| pipe::Receiver::from_owned_fd(end);
-        Ok((
-            pid,
-            exit,
-            receiver(output.into())?,
-            receiver(errors.into())?,
-        ))
+        Ok((pid, exit, receiver(output.into())?, errors))
     });
     match started {
         Ok((pid, exit, output, errors)) => {
             tokio::spawn(async move {
                 let reading = tokio::spawn(read(output));
-                let mut relaying = tokio::spawn(stderr::relay(errors, move |line| {
+                let relay = Relay::start(errors, Source::Agent, log::stderr(), move |line| {
                     let progress = Progress::read(line);
                     progress.map(&tell).is_none()
-                }));
+                });
                 let (exit, is_late) = supervise(&reaper, pid, exit, cancelled, limit).await;
                 // The pipes may outlive the agent when something of its own holds them; its answer does not.
                 let text = timeout(Duration::from_secs(1), reading).await;
                 let text = text.ok().and_then(Result::ok).unwrap_or_default();
-                if timeout(Duration::from_secs(1), &mut relaying)
-                    .await
-                    .is_err()
-                {
-                    relaying.abort();
+                if let Some(relay) = relay {
+                    relay.finish(Duration::from_secs(1)).await;
                 }
                 done(judge(exit, is_late, &text).map_err(|mut failure| {
                     failure.error = secrets.scrub(&failure.error);

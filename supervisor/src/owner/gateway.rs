@@ -1,12 +1,11 @@
 //! The owner's hands on the gateway: starting it, hearing of its end, asking it to go, and sweeping up after it.
 
-use std::process::{ChildStderr, Stdio};
+use std::process::{Child, Stdio};
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 use serde_json::json;
-use tokio::net::unix::pipe;
 use tokio::task::JoinHandle;
 
 use super::{Event, Owner};
@@ -15,10 +14,9 @@ use crate::gateway::process::Prepared;
 use crate::gateway::process_table::Belongs;
 use crate::gateway::state::{self, Phase, Then};
 use crate::gateway::{files, probe, process, root, rpc, sweep};
-use crate::log::log;
+use crate::log::{self, Relay, Source, log};
 use crate::reaper::{Exit, pid};
 use crate::status::LastExit;
-use crate::stderr;
 
 /// The gateway takes a restart request in milliseconds; one that does not gets SIGTERM.
 const ASK_TIME_LIMIT: Duration = Duration::from_secs(2);
@@ -77,13 +75,14 @@ impl Owner {
         is_gateway: bool,
     ) -> Option<state::Event> {
         self.is_swept = false;
-        program.command.stderr(Stdio::piped());
+        let command = &mut program.command;
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
         self.kills.remember();
         match self.reaper.spawn(&mut program.command) {
             Ok((mut child, exit)) => {
                 let pid = pid(&child);
                 self.has_run = true;
-                self.relay(child.stderr.take());
+                self.relay(&mut child);
                 log!(Info, "started", pid = pid.as_raw(), is_gateway = is_gateway);
                 let events = self.events.clone();
                 tokio::spawn(async move {
@@ -121,19 +120,20 @@ impl Owner {
     }
 
     /// Passes on what the process writes, from now until nobody can write any more, or the next one is there: whoever still
-    /// holds the pipe then is nothing of the gateway.
-    fn relay(&mut self, written: Option<ChildStderr>) {
-        let pipe = written.map(|end| pipe::Receiver::from_owned_fd(end.into()));
-        let relay = pipe.and_then(Result::ok).map(|pipe| {
-            let tail = self.status.stderr.clone();
-            tokio::spawn(stderr::relay(pipe, move |line| {
+    /// holds the pipes then is nothing of the gateway.
+    fn relay(&mut self, child: &mut Child) {
+        let tail = self.status.stderr.clone();
+        let output = child
+            .stdout
+            .take()
+            .and_then(|end| Relay::start(end, Source::Gateway, log::stdout(), |_| true));
+        let errors = child.stderr.take().and_then(|end| {
+            Relay::start(end, Source::Gateway, log::stderr(), move |line| {
                 tail.add(line);
                 true
-            }))
+            })
         });
-        if let Some(last) = std::mem::replace(&mut self.relay, relay) {
-            last.abort();
-        }
+        self.relays = [output, errors];
     }
 
     pub(super) fn exited(&mut self, pid: Pid, exit: Exit) {
