@@ -256,12 +256,14 @@ impl Setup {
     fn spawn(self, mut program: Command) -> Supervisor {
         let mut child = program.spawn().expect("the supervisor can be executed");
         let log = Arc::new(Mutex::new(Vec::new()));
-        let (written, stderr) = (log.clone(), child.stderr.take().expect("was piped"));
-        std::thread::spawn(move || {
-            for line in BufReader::new(stderr).lines().map_while(Result::ok) {
-                written.lock().expect("nobody panics with it").push(line);
-            }
-        });
+        if let Some(stderr) = child.stderr.take() {
+            let written = log.clone();
+            std::thread::spawn(move || {
+                for line in BufReader::new(stderr).lines().map_while(Result::ok) {
+                    written.lock().expect("nobody panics with it").push(line);
+                }
+            });
+        }
         Supervisor {
             setup: self,
             child,
