@@ -4,7 +4,7 @@
 //! reader. Nothing passed in here may hold a secret; text that others wrote goes through `Secrets::scrub` first.
 
 mod relay;
-mod shape;
+pub mod shape;
 mod sink;
 mod tail;
 

@@ -26,6 +26,10 @@ const PATIENCE: Duration = Duration::from_secs(1);
 /// Likewise once something was lost: the reader has stopped. Bounds what reading for nobody costs.
 const LITTLE_PATIENCE: Duration = Duration::from_millis(1);
 
+/// Whoever writes this much without a pause waits for one: a flood takes a small part of a processor, and none of our time.
+const BURST: usize = 32 * 1024;
+const PAUSE: Duration = Duration::from_millis(1);
+
 /// Nothing comes for so long: the pipe is empty.
 const SILENCE: Duration = Duration::from_millis(1);
 
@@ -86,7 +90,7 @@ struct Passing<T> {
 impl<T: FnMut(&[u8]) -> bool> Passing<T> {
     async fn run(mut self, mut pipe: pipe::Receiver, mut ended: oneshot::Receiver<()>) {
         let mut buffer = vec![0; READ];
-        let mut held = 0;
+        let (mut held, mut burst) = (0, 0);
         // How much may still come, once the end was said.
         let mut left = None;
         loop {
@@ -123,8 +127,13 @@ impl<T: FnMut(&[u8]) -> bool> Passing<T> {
                 buffer.truncate(READ);
                 buffer.shrink_to_fit();
             }
-            // Whoever writes without end has no more of our time than others.
-            yield_now().await;
+            burst += count;
+            if burst < BURST {
+                yield_now().await;
+            } else {
+                sleep(PAUSE).await;
+                burst = 0;
+            }
         }
     }
 

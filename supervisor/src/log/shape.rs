@@ -13,6 +13,10 @@ pub const MARK: &[u8] = b"gateway: ";
 /// Appends `line`, with the mark wherever something in it could be taken for ours, and says whether its beginning could.
 /// `is_cut`: the line goes on, and its end is not known.
 pub fn mark(line: &[u8], is_cut: bool, marked: &mut Vec<u8>) -> bool {
+    if !line.contains(&b'{') {
+        marked.extend_from_slice(line);
+        return false;
+    }
     let mut begins = is_ours(line, is_cut);
     let mut rest = line;
     while !rest.is_empty() {
@@ -139,7 +143,7 @@ fn bit(key: &[u8]) -> u8 {
         length += 1;
         rest = &rest[taken..];
     }
-    let is_it = |known: &&[u8]| name[..length].eq_ignore_ascii_case(known);
+    let is_it = |known: &[u8]| name[..length].eq_ignore_ascii_case(known);
     KEYS.iter()
         .position(|known| is_it(known))
         .map_or(0, |index| 1 << index)

@@ -19,8 +19,9 @@ use tokio::sync::Notify;
 use super::log;
 use super::shape::MARK;
 
-/// Waiting in each of the two queues at most: as much as a pipe takes.
-const LIMIT: usize = 64 * 1024;
+/// Waiting at most: some hundreds of our lines, and of children's less than a pipe takes, as they can wait in theirs.
+const OURS: usize = 64 * 1024;
+const OTHERS: usize = 32 * 1024;
 
 /// What a piece takes beside its text.
 const OVERHEAD: usize = 128;
@@ -93,6 +94,7 @@ struct State {
 struct Queue {
     pieces: VecDeque<Piece>,
     size: usize,
+    limit: usize,
 }
 
 /// Bytes that nobody will read, by who wrote them.
@@ -137,8 +139,8 @@ impl Sink {
         Self {
             stream,
             state: Mutex::new(State {
-                ours: Queue::new(),
-                others: Queue::new(),
+                ours: Queue::new(OURS),
+                others: Queue::new(OTHERS),
                 lost: Lost {
                     ours: 0,
                     gateway: 0,
@@ -304,16 +306,17 @@ fn write_to(file: &impl AsFd, text: &[u8]) -> (usize, Option<Errno>) {
 }
 
 impl Queue {
-    const fn new() -> Self {
+    const fn new(limit: usize) -> Self {
         Self {
             pieces: VecDeque::new(),
             size: 0,
+            limit,
         }
     }
 
     /// A piece that is larger than all room there is may be there alone.
     fn push(&mut self, piece: Piece) -> Result<(), Piece> {
-        if self.size > 0 && self.size + piece.size() > LIMIT {
+        if self.size > 0 && self.size + piece.size() > self.limit {
             return Err(piece);
         }
         self.size += piece.size();
@@ -514,17 +517,17 @@ mod tests {
 
     #[test]
     fn a_queue_is_bounded_by_what_it_takes_and_takes_one_piece_of_any_size() {
-        let mut queue = Queue::new();
+        let mut queue = Queue::new(OTHERS);
         let mut count = 0;
         while queue.push(piece(1, true, false, "\n")).is_ok() {
             count += 1;
         }
-        assert_eq!(count, LIMIT / (OVERHEAD + 1));
+        assert_eq!(count, OTHERS / (OVERHEAD + 1));
         while queue.pop().is_some() {
             count -= 1;
         }
         assert_eq!((count, queue.size), (0, 0));
-        let large = "x".repeat(2 * LIMIT);
+        let large = "x".repeat(2 * OTHERS);
         assert!(queue.push(piece(1, true, false, &large)).is_ok());
         assert!(queue.push(piece(1, true, false, "x")).is_err());
     }

@@ -1,5 +1,6 @@
 //! The end of what a child wrote, for whoever asks why it failed.
 
+use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// Kept of what a child has written.
@@ -7,7 +8,7 @@ const TAIL: usize = 4096;
 
 /// The end of what children wrote, shared with whoever shows it.
 #[derive(Clone, Debug, Default)]
-pub struct Tail(Arc<Mutex<Vec<u8>>>);
+pub struct Tail(Arc<Mutex<VecDeque<u8>>>);
 
 impl Tail {
     pub fn add(&self, text: &[u8]) {
@@ -15,13 +16,13 @@ impl Tail {
         let text = &text[text.len().saturating_sub(TAIL)..];
         let surplus = (kept.len() + text.len()).saturating_sub(TAIL);
         kept.drain(..surplus);
-        kept.extend_from_slice(text);
+        kept.extend(text);
     }
 
     /// And whether something was before it.
     pub fn get(&self) -> (Vec<u8>, bool) {
         let kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        (kept.clone(), kept.len() == TAIL)
+        (kept.iter().copied().collect(), kept.len() == TAIL)
     }
 }
 
