@@ -9,6 +9,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use e2e::http;
 use e2e::mount::tmpfs;
 use e2e::supervisor::{Setup, Supervisor};
 use e2e::wait::{until, until_some};
@@ -183,22 +184,25 @@ fn a_flood_of_the_gateway_takes_no_line_of_ours() {
     let mut supervisor = start(setup, Stdio::null(), &both);
     let mut text = Vec::new();
     // So slowly that the queues are always full.
-    let mut read = |most| text.extend(pipe.read(most));
+    let mut read = |text: &mut Vec<u8>| text.extend(pipe.read(8192));
     let _ = supervisor.until_running(1);
-    for _ in 0..5 {
+    for number in 1..=5 {
         assert_eq!(supervisor.post("/v1/backup").status, 200);
-        read(8192);
+        until("our line in the flood", || {
+            read(&mut text);
+            count(&sort(&text).0, "backed up") == number
+        });
     }
     assert_eq!(supervisor.post("/v1/restart").status, 202);
     supervisor.until_running(2);
-    read(8192);
+    read(&mut text);
     supervisor.signal(Signal::SIGTERM);
     let exit = until_some("the end", || {
-        read(8192);
+        read(&mut text);
         supervisor.try_wait()
     });
     assert_eq!(exit.code(), Some(0));
-    read(1 << 20);
+    text.extend(pipe.read(1 << 20));
     let (ours, others) = sort(&text);
     for (message, times) in [
         ("backed up", 6),
@@ -361,6 +365,28 @@ fn last_words_reach_the_log_on_a_line_of_their_own() {
         (count(&ours, "exited"), count(&ours, "stopped")),
         (starts + 1, 1)
     );
+}
+
+#[test]
+fn last_words_are_not_lost_to_a_start_that_follows_at_once() {
+    let setup = Setup::new();
+    let (fake, port) = (setup.fake(), setup.gateway.port().to_string());
+    let words = fake.join("words");
+    let count = 60 * 1024 / "a line\n".len();
+    fs::write(&words, "a line\n".repeat(count)).expect("can write");
+    let script = "\"$0/fake-gateway\" \"$1\" \"$0\"; cat \"$0/words\"";
+    let folder = fake.display().to_string();
+    let setup = setup.command(&["/bin/sh", "-c", script, &folder, &port]);
+    let log = setup.folder.path().join("log");
+    let supervisor = start(setup, Stdio::null(), &format!(">{}", log.display()));
+    let _ = supervisor.until_running(1);
+    let gateway = supervisor.setup.gateway;
+    let _ = http::raw(gateway, b"GET /exit/0 HTTP/1.1\r\n\r\n");
+    let _ = supervisor.until_running(2);
+    until("all of the words", || {
+        let text = fs::read_to_string(&log).expect("is there");
+        text.lines().filter(|line| *line == "a line").count() == count
+    });
 }
 
 #[test]
