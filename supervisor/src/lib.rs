@@ -22,7 +22,6 @@ mod secret;
 mod signals;
 mod spawn;
 mod status;
-mod stderr;
 pub mod untrusted;
 
 use std::ffi::OsString;
@@ -30,6 +29,7 @@ use std::io::{self, Write as _};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Duration;
 
 use nix::sys::prctl;
 use tokio::runtime::Runtime;
@@ -54,12 +54,15 @@ usage: supervisor [-- COMMAND ARGS...]   run; COMMAND is the gateway
        supervisor --help | --version
 ";
 
+/// For what is not written yet at the end, where nobody reads it.
+const LAST_LINES: Duration = Duration::from_millis(500);
+
 /// Does what the command line says, and gives the exit code.
 #[must_use]
 pub fn main() -> ExitCode {
     // First of all: as PID 1 a signal without a handler is lost, otherwise it kills.
     let signals = Signals::register();
-    match run(signals) {
+    let code = match run(signals) {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
         Err(error) => {
@@ -71,10 +74,12 @@ pub fn main() -> ExitCode {
                 source = cause.source();
             }
             text.push('\n');
-            let _ = io::stderr().write_all(text.as_bytes());
+            log::say(text);
             ExitCode::from(error.exit_code())
         }
-    }
+    };
+    log::flush(LAST_LINES);
+    code
 }
 
 fn run(signals: io::Result<Signals>) -> Result<bool, Error> {

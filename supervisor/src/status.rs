@@ -7,10 +7,10 @@ use serde_json::{Value, json};
 use crate::agent::{Progress, Report};
 use crate::clock::rfc3339;
 use crate::config::Config;
+use crate::log::Tail;
 use crate::reaper::Exit;
 use crate::redact::{is_secret_name, redact};
 use crate::secret::Secret;
-use crate::stderr::Tail;
 
 #[derive(Clone, Debug)]
 pub struct Status {

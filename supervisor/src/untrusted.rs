@@ -19,6 +19,7 @@ use crate::api::server;
 use crate::config::{Checked, Config, Variables};
 use crate::gateway::files;
 use crate::json::Json;
+use crate::log::shape;
 use crate::status::Status;
 
 /// Nothing else may look like it: whatever is made up could be shown in another place.
@@ -47,6 +48,28 @@ pub fn settings(bytes: &[u8]) {
         let shown = |(_, value): &(String, String)| value.contains(TOKEN);
         assert!(!config.effective.iter().any(shown), "a token is shown");
         assert!(!format!("{config:?}").contains(TOKEN), "a token is shown");
+    }
+}
+
+/// What the gateway writes into the log.
+pub fn lines(bytes: &[u8]) {
+    let is_ours = |line: &str| {
+        let read: Value = serde_json::from_str(line.trim_matches('\u{feff}')).unwrap_or_default();
+        ["ts", "level", "msg"]
+            .iter()
+            .all(|key| read.get(key).is_some())
+    };
+    for line in bytes.split(|byte| *byte == b'\n') {
+        let mut text = Vec::new();
+        if shape::mark(line, false, &mut text) {
+            text.splice(0..0, shape::MARK.iter().copied());
+        }
+        let shown = String::from_utf8_lossy(&text);
+        assert!(!is_ours(&shown), "a line is taken for ours");
+        let mut parts = shown.split(['\r', '\u{b}', '\u{c}', '\u{1e}', '\u{85}', '\u{2028}']);
+        assert!(!parts.any(is_ours), "a part is taken for ours");
+        let is_unmarked = !contains(&text, shape::MARK);
+        assert!(!is_unmarked || text == line, "something else is changed");
     }
 }
 

@@ -256,12 +256,14 @@ impl Setup {
     fn spawn(self, mut program: Command) -> Supervisor {
         let mut child = program.spawn().expect("the supervisor can be executed");
         let log = Arc::new(Mutex::new(Vec::new()));
-        let (written, stderr) = (log.clone(), child.stderr.take().expect("was piped"));
-        std::thread::spawn(move || {
-            for line in BufReader::new(stderr).lines().map_while(Result::ok) {
-                written.lock().expect("nobody panics with it").push(line);
-            }
-        });
+        if let Some(stderr) = child.stderr.take() {
+            let written = log.clone();
+            std::thread::spawn(move || {
+                for line in BufReader::new(stderr).lines().map_while(Result::ok) {
+                    written.lock().expect("nobody panics with it").push(line);
+                }
+            });
+        }
         Supervisor {
             setup: self,
             child,
@@ -356,11 +358,14 @@ impl Supervisor {
         let _ = self.wait();
     }
 
+    /// How it ended, if it has.
+    pub fn try_wait(&mut self) -> Option<ExitStatus> {
+        self.child.try_wait().expect("is our child")
+    }
+
     /// Waits for its end.
     pub fn wait(&mut self) -> ExitStatus {
-        until_some("the end of the supervisor", || {
-            self.child.try_wait().expect("is our child")
-        })
+        until_some("the end of the supervisor", || self.try_wait())
     }
 
     /// SIGTERM, and its exit code.

@@ -22,10 +22,9 @@ use tokio::sync::{oneshot, watch};
 use tokio::time::{Instant, sleep_until, timeout};
 
 use crate::config::Config;
-use crate::log::log;
+use crate::log::{self, Relay, Source, log};
 use crate::reaper::{Child, Exit, Reaper, Side};
 use crate::spawn::{ParentEnds, Program};
-use crate::stderr;
 use outcome::judge;
 pub use outcome::{Failure, Outcome, code};
 pub use report::Report;
@@ -198,7 +197,7 @@ async fn attend(
     let told = tell.clone();
     let reading = tokio::spawn(read(ends.stdout));
     let (heard, last_heard) = watch::channel(Instant::now());
-    let mut relaying = tokio::spawn(stderr::relay(ends.stderr, move |line| {
+    let relay = Relay::start(ends.stderr, Source::Agent, log::stderr(), move |line| {
         heard.send_replace(Instant::now());
         if let Some(waiting) = waiting(line) {
             told(News::Waiting(waiting));
@@ -207,14 +206,14 @@ async fn attend(
         progress
             .map(|progress| told(News::Progress(progress)))
             .is_none()
-    }));
+    });
     let ended = tokio::select! {
         ended = supervise(reaper, &mut child, cancelled, limit) => ended,
         never = watch_silence(last_heard, &tell) => match never {},
     };
     let Some((exit, is_late)) = ended else {
         reading.abort();
-        relaying.abort();
+        drop(relay);
         tell(News::Stuck(child.pid));
         tokio::spawn(async move {
             let _ = child.exit.await;
@@ -228,12 +227,7 @@ async fn attend(
     // The pipes may outlive the agent when something of its own holds them; its answer does not.
     let text = timeout(Duration::from_secs(1), reading).await;
     let text = text.ok().and_then(Result::ok).unwrap_or_default();
-    if timeout(Duration::from_secs(1), &mut relaying)
-        .await
-        .is_err()
-    {
-        relaying.abort();
-    }
+    relay.finish(Duration::from_secs(1)).await;
     judge(exit, is_late, &text)
 }
 

@@ -19,10 +19,9 @@ use crate::gateway::rpc::{Call, Size};
 use crate::gateway::state::{self, Phase, State, Swept, Then};
 use crate::gateway::sweep::{self, Belongs, named};
 use crate::gateway::{files, probe, root, rpc};
-use crate::log::log;
+use crate::log::{self, Relay, Source, log};
 use crate::reaper::{Exit, Side};
 use crate::status::{ExitReason, LastExit};
-use crate::stderr;
 
 /// The gateway takes a restart request in milliseconds; one that does not gets SIGTERM.
 const ASK_TIME_LIMIT: Duration = Duration::from_secs(2);
@@ -164,16 +163,15 @@ impl Owner {
     }
 
     /// Passes on what the process writes, from now until nobody can write any more, or the next one is there: whoever still
-    /// holds the pipe then is nothing of the gateway.
-    fn relay(&mut self, _stdout: pipe::Receiver, stderr: pipe::Receiver) {
+    /// holds the pipes then is nothing of the gateway.
+    fn relay(&mut self, stdout: pipe::Receiver, stderr: pipe::Receiver) {
         let tail = self.status.stderr.clone();
-        let relay = tokio::spawn(stderr::relay(stderr, move |line| {
+        let output = Relay::start(stdout, Source::Gateway, log::stdout(), |_| true);
+        let errors = Relay::start(stderr, Source::Gateway, log::stderr(), move |line| {
             tail.add(line);
             true
-        }));
-        if let Some(last) = self.relay.replace(relay) {
-            last.abort();
-        }
+        });
+        self.relays = [Some(output), Some(errors)];
     }
 
     pub(super) fn exited(&mut self, pid: Pid, exit: Exit, unstarted: Option<Unstarted>) {

@@ -16,8 +16,7 @@ use nix::unistd::Pid;
 use serde_json::Value;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender};
 use tokio::sync::{oneshot, watch};
-use tokio::task::JoinHandle;
-use tokio::time::{Instant, sleep_until, timeout};
+use tokio::time::{Instant, sleep_until};
 
 use crate::agent::{Failure, News, Outcome, Run, Verb};
 use crate::api::envelope::Problem;
@@ -30,7 +29,7 @@ use crate::gateway::process::Unstarted;
 use crate::gateway::root::Identity;
 use crate::gateway::state::{self, Action, Phase, Policy, State};
 use crate::gateway::{root, transitions};
-use crate::log::log;
+use crate::log::{Relay, log};
 use crate::oom::Kills;
 use crate::reaper::{Exit, Reaper};
 use crate::status::{ExitReason, Status};
@@ -92,8 +91,8 @@ pub struct Owner {
     booted: Instant,
     state: State,
     process: Option<Process>,
-    /// Passes on the standard error of the last process.
-    relay: Option<JoinHandle<()>>,
+    /// Pass on what the last process writes on standard output and standard error.
+    relays: [Option<Relay>; 2],
     kills: Kills,
     /// The sweep found nothing, but the exit of `process` has not come through yet.
     is_swept: bool,
@@ -148,7 +147,7 @@ impl Owner {
             booted: Instant::now(),
             state,
             process: None,
-            relay: None,
+            relays: [None, None],
             kills: Kills::new(),
             is_swept: false,
             left: Vec::new(),
@@ -176,8 +175,8 @@ impl Owner {
             self.begin_run();
             self.publish();
             if self.state.phase == Phase::Down && self.run.is_none() && self.backups.is_over() {
-                if let Some(relay) = self.relay.take() {
-                    let _ = timeout(LAST_WORDS, relay).await;
+                for relay in self.relays.iter_mut().filter_map(Option::take) {
+                    relay.finish(LAST_WORDS).await;
                 }
                 return self.end().await;
             }

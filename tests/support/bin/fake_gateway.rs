@@ -32,12 +32,15 @@ fn main() {
     let found = who_am_i(&behaviour, &folder, started);
     note(&folder.join("starts.jsonl"), &found);
 
-    if let Some(text) = behaviour["stderr"].as_str() {
-        let repeat = usize::try_from(behaviour["repeat"].as_u64().unwrap_or(1)).expect("fits");
-        for _ in 0..repeat {
-            std::io::stderr()
-                .write_all(text.as_bytes())
-                .expect("can write");
+    let [output, error] =
+        ["stdout", "stderr"].map(|name| behaviour[name].as_str().unwrap_or_default());
+    if !(output.is_empty() && error.is_empty()) {
+        for _ in 0..behaviour["repeat"].as_u64().unwrap_or(1) {
+            let mut stdout = std::io::stdout();
+            stdout.write_all(output.as_bytes()).expect("can write");
+            stdout.flush().expect("can write");
+            let mut stderr = std::io::stderr();
+            stderr.write_all(error.as_bytes()).expect("can write");
         }
         note(
             &folder.join("written.jsonl"),

@@ -1,14 +1,23 @@
 //! Logs: one JSON object per line on standard error, one line per change of state.
 //!
-//! A message is constant; what varies is in the fields. A write that fails or would have to wait is dropped: PID 1
-//! does not die of a full disk or a closed pipe, and waits for no reader. Nothing passed in here may hold a secret; text that others wrote goes through `Secrets::scrub` first.
+//! A message is constant; what varies is in the fields. PID 1 does not die of a full disk or a closed pipe, and waits for no
+//! reader. Nothing passed in here may hold a secret; text that others wrote goes through `Secrets::scrub` first.
+
+mod relay;
+pub mod shape;
+mod sink;
+mod tail;
 
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::SystemTime;
 
 use serde_json::Value;
 
-use crate::{clock, stderr};
+use crate::clock;
+pub use relay::Relay;
+use sink::Piece;
+pub use sink::{Source, flush, stderr, stdout};
+pub use tail::Tail;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Level {
@@ -44,9 +53,12 @@ pub fn is_on(level: Level) -> bool {
 
 /// Writes one line. Use it through `log!`.
 pub fn write(level: Level, message: &'static str, fields: &[(&'static str, Value)]) {
-    let line = line(SystemTime::now(), level, message, fields);
-    // One write per line, so that lines of other processes on the same pipe do not end up inside ours.
-    stderr::write(line.as_bytes());
+    say(line(SystemTime::now(), level, message, fields));
+}
+
+/// Writes a line that is not JSON: why the supervisor cannot start.
+pub fn say(line: String) {
+    stderr().push(Piece::ours(line));
 }
 
 fn line(
