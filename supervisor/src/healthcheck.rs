@@ -7,7 +7,11 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use crate::error::Error;
 use crate::gateway::probe;
+use crate::json::Json;
 use crate::secret::Secret;
+
+/// Longer than any status of a gateway.
+const MAX_STATUS: usize = 64;
 
 pub async fn check(listen: SocketAddr, token: &Secret) -> Result<String, Error> {
     let address = reachable(listen);
@@ -16,7 +20,9 @@ pub async fn check(listen: SocketAddr, token: &Secret) -> Result<String, Error> 
     let (status, body) = probe::get(address, "/v1/status", &header)
         .await
         .map_err(|error| unhealthy(error.kind().to_string()))?;
-    match body["data"]["gateway"]["status"].as_str() {
+    let gateway = Json::read(&body).and_then(|body| body.at(&["data", "gateway", "status"]));
+    let gateway = gateway.and_then(|gateway| gateway.text(MAX_STATUS));
+    match gateway.as_deref() {
         Some("failed") => Err(unhealthy("the gateway has failed".to_owned())),
         Some(gateway) if status == 200 => Ok(gateway.to_owned()),
         _ => Err(unhealthy(format!("it answered {status}"))),

@@ -11,6 +11,7 @@ mod error;
 mod final_snapshot;
 mod gateway;
 mod healthcheck;
+mod json;
 mod log;
 mod only;
 mod oom;

@@ -8,13 +8,17 @@
 
 use std::sync::Arc;
 
+use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, duplex};
 use tokio::sync::{Semaphore, mpsc, watch};
 
+use crate::api::devices;
 use crate::api::places::Stage;
 use crate::api::routes::Context;
 use crate::api::server;
 use crate::config::{Checked, Config, Variables};
+use crate::gateway::files;
+use crate::json::Json;
 use crate::status::Status;
 
 /// Nothing else may look like it: whatever is made up could be shown in another place.
@@ -66,6 +70,61 @@ pub fn request(bytes: &[u8]) {
         answer.is_empty() || is_enveloped,
         "an answer has no envelope"
     );
+}
+
+/// What the gateway answers to `device.pair.list`: what is passed on is what a parser that builds everything finds, and no
+/// field of a secret.
+pub fn lists(bytes: &[u8]) {
+    let Ok(text) = std::str::from_utf8(bytes) else {
+        return;
+    };
+    let message = format!(r#"{{"type":"res","id":"call","ok":true,"payload":{text}}}"#);
+    let passed_on = devices::lists_in(&message);
+    if let Some(passed_on) = &passed_on {
+        assert!(passed_on.len() <= text.len() + 32, "it became longer");
+        let passed_on = std::str::from_utf8(passed_on).expect("it was text");
+        assert!(Json::read(passed_on).is_some(), "it became malformed");
+    }
+    if let Ok(mut known) = serde_json::from_str::<Value>(text) {
+        let mut list = |name: &str| match known.get_mut(name).map(Value::take) {
+            Some(Value::Array(list)) => without_secrets(Value::Array(list)),
+            _ => Value::Array(Vec::new()),
+        };
+        let known = json!({ "pending": list("pending"), "paired": list("paired") });
+        let passed_on = passed_on.expect("it is well formed");
+        let passed_on: Value = serde_json::from_slice(&passed_on).expect("all of it was read");
+        assert_eq!(passed_on, known);
+    }
+}
+
+fn without_secrets(value: Value) -> Value {
+    match value {
+        Value::Object(fields) => fields
+            .into_iter()
+            .filter(|(name, _)| !devices::is_secret(name))
+            .map(|(name, value)| (name, without_secrets(value)))
+            .collect(),
+        Value::Array(items) => items.into_iter().map(without_secrets).collect(),
+        other => other,
+    }
+}
+
+/// The gateway's configuration and its lock: what is found is what a parser that builds everything finds.
+pub fn gateway_files(bytes: &[u8]) {
+    let Ok(text) = std::str::from_utf8(bytes) else {
+        return;
+    };
+    let (token, owner) = (files::token_in(text), files::owner_in(text, 1));
+    if let Ok(known) = serde_json::from_str::<Value>(text) {
+        let known_token = known["gateway"]["auth"]["token"].as_str();
+        assert_eq!(
+            token.as_deref(),
+            known_token.filter(|token| !token.is_empty())
+        );
+        let known_owner = Value::from(known["ownerId"].as_str());
+        let is_its = known["pid"].as_u64() == Some(1);
+        assert_eq!(owner, is_its.then_some(known_owner));
+    }
 }
 
 /// What comes back until the connection ends.

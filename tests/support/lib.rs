@@ -11,6 +11,7 @@ pub mod faults;
 pub mod forge;
 pub mod front;
 pub mod golden;
+pub mod greedy;
 pub mod held;
 pub mod history;
 pub mod http;

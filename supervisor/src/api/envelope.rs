@@ -1,7 +1,10 @@
 //! The stable form of every answer, and the closed list of what can go wrong with a request.
 
-use http_body_util::Full;
-use hyper::body::Bytes;
+use std::convert::Infallible;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+
+use hyper::body::{Body, Bytes, Frame, SizeHint};
 use hyper::header::{
     ALLOW, CACHE_CONTROL, CONNECTION, CONTENT_TYPE, HeaderValue, RETRY_AFTER, WWW_AUTHENTICATE,
 };
@@ -10,7 +13,10 @@ use serde_json::{Value, json};
 
 use crate::agent::{Failure, code};
 
-pub type Answer = Response<Full<Bytes>>;
+pub type Answer = Response<Pieces>;
+
+/// hyper copies each piece of a body before it writes it, and keeps the copy until the client has read it.
+const PIECE: usize = 16 * 1024;
 
 /// Seconds after which trying again may help: about the start of a gateway, and a moment of a store's trouble.
 const GATEWAY_RETRY: &str = "5";
@@ -149,16 +155,51 @@ pub fn body(data: Value) -> Bytes {
     Bytes::from(envelope.to_string())
 }
 
+/// Likewise, with data that `write` appends as JSON, of about this size.
+pub fn body_of(size: usize, write: impl FnOnce(&mut Vec<u8>)) -> Vec<u8> {
+    const START: &[u8] = br#"{"ok":true,"data":"#;
+    let mut body = Vec::with_capacity(START.len() + size + 256);
+    body.extend_from_slice(START);
+    write(&mut body);
+    body.push(b'}');
+    body
+}
+
 fn json(status: StatusCode, body: &Value) -> Answer {
     rendered(status, Bytes::from(body.to_string()))
 }
 
 /// An answer with a body that is JSON.
 pub fn rendered(status: StatusCode, body: Bytes) -> Answer {
-    let mut answer = Response::new(Full::new(body));
+    let mut answer = Response::new(Pieces(body));
     *answer.status_mut() = status;
     let headers = answer.headers_mut();
     headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
     headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
     answer
+}
+
+/// A body that is handed over piece by piece, so that a client that does not read costs no more than one.
+pub struct Pieces(Bytes);
+
+impl Body for Pieces {
+    type Data = Bytes;
+    type Error = Infallible;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        _: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+        let size = self.0.len().min(PIECE);
+        let piece = (size > 0).then(|| self.0.split_to(size));
+        Poll::Ready(piece.map(|piece| Ok(Frame::data(piece))))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        SizeHint::with_exact(self.0.len() as u64)
+    }
 }

@@ -195,15 +195,13 @@ async fn answer(context: &Context, route: Route, unread: Incoming) -> Result<Ans
         // In boxes: these are large, and every request would carry the room for them.
         Route::Devices => {
             must_run(context)?;
-            Ok(success(
-                StatusCode::OK,
-                Box::pin(devices::list(config)).await?,
-            ))
+            let body = Box::pin(devices::list(config)).await?;
+            Ok(rendered(StatusCode::OK, body))
         }
         Route::Approve(request) => {
             must_run(context)?;
-            let data = Box::pin(devices::approve(config, &context.approvals, &request)).await?;
-            Ok(success(StatusCode::OK, data))
+            let body = Box::pin(devices::approve(config, &context.approvals, &request)).await?;
+            Ok(rendered(StatusCode::OK, body))
         }
     }
 }

@@ -1,7 +1,8 @@
 //! The gateway: when it starts and stops (`state`, `transitions`), how it is started (`process`), how nothing of it is left
-//! behind (`sweep`, with `process_table`), and how it is talked to (`probe`, `rpc`, `files`).
+//! behind (`sweep`, with `process_table`), and how it is talked to (`probe`, `rpc` over `bounded`, `files`).
 
 pub mod backoff;
+mod bounded;
 pub mod files;
 pub mod probe;
 pub mod process;

@@ -7,10 +7,11 @@ use std::io;
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use serde_json::Value;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio::time::{sleep, timeout};
+
+use crate::json::Json;
 
 const TIME_LIMIT: Duration = Duration::from_secs(2);
 const MAX_ANSWER: u64 = 64 * 1024;
@@ -22,7 +23,7 @@ const INTERVAL: Duration = Duration::from_millis(100);
 pub async fn until_ready(gateway: SocketAddr) {
     loop {
         if let Ok((200, body)) = get(gateway, "/startupz", "").await
-            && body["status"] == "started"
+            && Json::read(&body).is_some_and(|body| body.is("status", "started"))
         {
             return;
         }
@@ -30,8 +31,8 @@ pub async fn until_ready(gateway: SocketAddr) {
     }
 }
 
-/// Status and JSON of `path`. `headers` is empty or lines that end in CR LF.
-pub async fn get(address: SocketAddr, path: &str, headers: &str) -> io::Result<(u16, Value)> {
+/// Status and body of `path`. `headers` is empty or lines that end in CR LF.
+pub async fn get(address: SocketAddr, path: &str, headers: &str) -> io::Result<(u16, String)> {
     let request = format!("GET {path} HTTP/1.0\r\nHost: {address}\r\n{headers}\r\n");
     let exchange = async {
         let mut stream = TcpStream::connect(address).await?;
@@ -47,12 +48,12 @@ pub async fn get(address: SocketAddr, path: &str, headers: &str) -> io::Result<(
     parse(&answer).ok_or_else(|| io::ErrorKind::InvalidData.into())
 }
 
-fn parse(answer: &[u8]) -> Option<(u16, Value)> {
+fn parse(answer: &[u8]) -> Option<(u16, String)> {
     let end = answer.windows(4).position(|window| window == b"\r\n\r\n")?;
     let line = answer.strip_prefix(b"HTTP/1.")?.get(2..5)?;
     let status = std::str::from_utf8(line).ok()?.parse().ok()?;
-    let body = serde_json::from_slice(&answer[end + 4..]).ok()?;
-    Some((status, body))
+    let body = std::str::from_utf8(answer.get(end + 4..)?).ok()?;
+    Some((status, body.to_owned()))
 }
 
 #[cfg(test)]
@@ -60,13 +61,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_json_answers_count() {
+    fn only_answers_of_http_count() {
         let started = b"HTTP/1.1 200 OK\r\nA: b\r\n\r\n{\"status\":\"started\"}";
         let (status, body) = parse(started).expect("is an answer");
-        assert_eq!((status, body["status"].as_str()), (200, Some("started")));
+        assert_eq!((status, body.as_str()), (200, "{\"status\":\"started\"}"));
         for answer in [
             &b""[..],
-            b"HTTP/1.1 200 OK\r\n\r\n<html>",
+            b"HTTP/1.1 200 OK\r\n\r\n\xff",
             b"HTTP/1.1\r\n\r\n{}",
             b"SSH-2.0\r\n\r\n{}",
             b"HTTP/1.1 200 OK\r\n{}",

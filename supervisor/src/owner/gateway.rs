@@ -3,7 +3,6 @@
 use std::ffi::{OsStr, OsString};
 use std::time::Duration;
 
-use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 use serde_json::json;
 use tokio::net::unix::pipe;
@@ -13,11 +12,13 @@ use tokio::time::{sleep_until, timeout};
 use super::{Event, Owner};
 use crate::api::envelope::Problem;
 use crate::blocking;
+use crate::config::Config;
 use crate::gateway::process::{Unstarted, command};
 use crate::gateway::root::{Fault, Identity};
+use crate::gateway::rpc::{self, Call, Size};
 use crate::gateway::state::{self, Phase, State, Swept, Then};
 use crate::gateway::sweep::{self, Belongs, named};
-use crate::gateway::{files, probe, root, rpc};
+use crate::gateway::{files, probe, root};
 use crate::log::log;
 use crate::reaper::{Exit, Side};
 use crate::status::{ExitReason, LastExit};
@@ -312,26 +313,13 @@ impl Owner {
         let Some(Process { pid, .. }) = self.process else {
             return;
         };
-        let Some(target) = files::restart_target(&self.config, pid.as_raw()) else {
-            self.reaper.signal(pid, Signal::SIGTERM);
-            return;
-        };
         // A third of the grace is left for the exit itself.
         let budget = self.config.stop_grace * 2 / 3;
-        let params = json!({
-            "reason": "supervisor",
-            "target": target,
-            "restartIntent": {
-                "force": true,
-                "drainBudgetMs": u64::try_from(budget.as_millis()).unwrap_or(u64::MAX),
-            },
-        });
         let (config, events) = (self.config.clone(), self.events.clone());
         let drained = tokio::time::Instant::now() + budget;
         tokio::spawn(async move {
-            let call = rpc::call(&config, "gateway.restart.request", params);
-            let answer = timeout(ASK_TIME_LIMIT, call).await;
-            if matches!(answer, Ok(Ok(_))) {
+            let asked = timeout(ASK_TIME_LIMIT, request_restart(&config, pid, budget)).await;
+            if asked == Ok(true) {
                 sleep_until(drained).await;
             }
             let _ = events.send(Event::AskedInVain(pid));
@@ -383,4 +371,25 @@ impl Owner {
             self.starts + 1
         })
     }
+}
+
+/// Whether the gateway took the request.
+async fn request_restart(config: &Config, pid: Pid, budget: Duration) -> bool {
+    let Ok(Some(target)) = files::restart_target(config, pid.as_raw()).await else {
+        return false;
+    };
+    let call = Call {
+        method: "gateway.restart.request",
+        params: json!({
+            "reason": "supervisor",
+            "target": target,
+            "restartIntent": {
+                "force": true,
+                "drainBudgetMs": u64::try_from(budget.as_millis()).unwrap_or(u64::MAX),
+            },
+        }),
+        size: Size::Short,
+        take: |_| Vec::new(),
+    };
+    rpc::call(config, call).await.is_ok()
 }
