@@ -1,11 +1,13 @@
 //! The JSON of every answer, frozen: others parse it.
 
 use e2e::golden;
+use e2e::greedy::{CLOSE, COMPRESSED, Greedy, LAST, Peer, TEXT, frame};
 use e2e::http::Response;
 use e2e::supervisor::{Setup, Supervisor, failure, snapshot};
 use e2e::wait::until;
 use serde_json::{Value, json};
 use std::fmt::Write as _;
+use std::io::{self, Write as _};
 
 /// Takes notes of answers, with what differs from run to run replaced.
 #[derive(Default)]
@@ -145,4 +147,57 @@ fn answers_when_something_is_wrong() {
         &supervisor.get("/v1/devices"),
     );
     golden::compare("problems.txt", &notes.0);
+}
+
+/// What a gateway does with a call, on the connection that it has taken.
+type Act = fn(&mut Peer) -> io::Result<()>;
+
+#[test]
+fn answers_when_the_gateway_misbehaves() {
+    let mut notes = Notes::default();
+    let greedy = Greedy::start(Setup::new());
+    let acts: [(&str, Act); 6] = [
+        ("closes the connection properly", |peer| {
+            peer.frame(LAST | CLOSE, b"")
+        }),
+        ("breaks off", |peer| peer.frame(TEXT, b"{")),
+        ("sends something compressed", |peer| {
+            peer.frame(LAST | COMPRESSED | TEXT, b"{}")?;
+            peer.wait()
+        }),
+        ("does not speak JSON", |peer| {
+            peer.text("<html>")?;
+            peer.wait()
+        }),
+        ("sends too much", |peer| {
+            peer.flood(&frame(LAST | TEXT, b"{}"))
+        }),
+        ("refuses", |peer| {
+            peer.text(
+                r#"{"type":"res","id":"call","ok":false,"error":{"code":"NO","message":"not\nyou"}}"#,
+            )?;
+            peer.wait()
+        }),
+    ];
+    for (does, act) in acts {
+        greedy.act(move |peer| {
+            let _ = peer.hello()?;
+            act(peer)
+        });
+        notes.add(
+            &format!("GET /v1/devices, the gateway {does}"),
+            &greedy.supervisor.get("/v1/devices"),
+        );
+    }
+    greedy.act(|peer| peer.stream.write_all(b"HTTP/1.1 404 Not Found\r\n\r\n"));
+    notes.add(
+        "GET /v1/devices, the gateway takes no WebSocket",
+        &greedy.supervisor.get("/v1/devices"),
+    );
+    greedy.act(Peer::wait);
+    notes.add(
+        "GET /v1/devices, the gateway says nothing",
+        &greedy.supervisor.get("/v1/devices"),
+    );
+    golden::compare("gateway-problems.txt", &notes.0);
 }

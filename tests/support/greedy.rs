@@ -11,6 +11,7 @@ use crate::supervisor::{Setup, Supervisor};
 
 pub const TEXT: u8 = 1;
 pub const CONTINUATION: u8 = 0;
+pub const CLOSE: u8 = 8;
 pub const PING: u8 = 9;
 
 /// The last frame of its message, and the flag of a compressed one.

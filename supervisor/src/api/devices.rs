@@ -219,10 +219,10 @@ mod tests {
     #[test]
     fn large_devices_are_not_remembered_and_all_together_have_a_bound() {
         let approvals = Approvals::default();
-        approvals.add("huge", &[b'x'; MAX_DEVICE + 1]);
+        approvals.add("huge", &vec![b'x'; MAX_DEVICE + 1]);
         assert_eq!(approvals.get("huge").as_deref(), Some(&b"{}"[..]));
         for number in 0..MAX_APPROVALS {
-            approvals.add(&number.to_string(), &[b'x'; MAX_DEVICE]);
+            approvals.add(&number.to_string(), &vec![b'x'; MAX_DEVICE]);
         }
         let known = approvals.0.lock().expect("nobody panics with it");
         let size: usize = known.iter().map(|(_, device)| device.len()).sum();

@@ -41,14 +41,12 @@ impl<S: AsyncRead + Unpin> AsyncRead for Bounded<S> {
         ready!(Pin::new(&mut self.stream).poll_read(context, buffer))?;
         let count = buffer.filled().len() - before;
         self.turn = self.turn.saturating_sub(count);
-        match self.left.checked_sub(count) {
-            Some(left) => self.left = left,
-            None => {
-                // With an error nothing was read.
-                buffer.set_filled(before);
-                return Poll::Ready(Err(io::ErrorKind::QuotaExceeded.into()));
-            }
-        }
+        let Some(left) = self.left.checked_sub(count) else {
+            // With an error nothing was read.
+            buffer.set_filled(before);
+            return Poll::Ready(Err(io::ErrorKind::QuotaExceeded.into()));
+        };
+        self.left = left;
         Poll::Ready(Ok(()))
     }
 }
@@ -80,7 +78,8 @@ mod tests {
     #[tokio::test]
     async fn as_much_as_is_allowed_is_read_and_no_more() {
         for (most, is_read) in [(99_999, false), (100_000, true)] {
-            let mut stream = Bounded::new(&[0; 100_000][..], most);
+            let sent = vec![0; 100_000];
+            let mut stream = Bounded::new(&sent[..], most);
             let mut read = Vec::new();
             let result = stream.read_to_end(&mut read).await;
             assert_eq!(result.map_err(|error| error.kind()).is_ok(), is_read);

@@ -16,7 +16,7 @@ use nix::fcntl::{OFlag, open, openat};
 use nix::sys::stat::Mode;
 use serde_json::{Value, json};
 use tokio::sync::Semaphore;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout_at};
 
 use crate::blocking;
 use crate::config::Config;
@@ -29,7 +29,7 @@ const MAX_LOCK: u64 = 64 * 1024;
 const MAX_TOKEN: usize = 4096;
 const MAX_OWNER: usize = 1024;
 
-/// Disks under load take milliseconds.
+/// For a read and the wait for its turn. Disks under load take milliseconds.
 const TIME_LIMIT: Duration = Duration::from_secs(3);
 
 /// Files that are read at once: while one hangs, others wait for it and not on threads of their own.
@@ -90,7 +90,8 @@ async fn read<T: Send + 'static>(
             "another read hangs: check the file system below it",
         )
     };
-    let turn = timeout(TIME_LIMIT, READS.acquire()).await.map_err(hangs)?;
+    let end = Instant::now() + TIME_LIMIT;
+    let turn = timeout_at(end, READS.acquire()).await.map_err(hangs)?;
     let root = root.to_owned();
     let read = move || {
         let text = text(&root, &path, most);
@@ -98,7 +99,7 @@ async fn read<T: Send + 'static>(
         drop(turn);
         Ok(text?.and_then(|text| take(&text)))
     };
-    blocking::within(TIME_LIMIT, read).await?
+    blocking::within(end - Instant::now(), read).await?
 }
 
 fn text(root: &Path, path: &Path, most: u64) -> io::Result<Option<String>> {
