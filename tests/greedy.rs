@@ -297,7 +297,7 @@ fn clients_that_do_not_read_their_lists_hold_few_of_them() {
         .collect();
     // The last one waits until others have gone, or for as long as a call may take.
     let answer = asked(&greedy, "GET", "/v1/devices");
-    assert!([200, 503].contains(&answer.status), "{answer:?}");
+    assert!([200, 503, 504].contains(&answer.status), "{answer:?}");
     let more = greedy.peak() - before;
     assert!(more < 14 * 1024, "{more} KiB more");
     drop(clients);
