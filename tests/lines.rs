@@ -289,7 +289,7 @@ fn a_disk_that_was_full_has_the_lines_that_came_after_and_how_much_is_missing() 
     }
     until("the end of the room", || {
         let text = fs::read(&log).expect("is there");
-        text.len() % 4096 == 0
+        text.len().is_multiple_of(4096)
     });
     fs::remove_file(filler).expect("is there");
     assert_eq!(supervisor.post("/v1/backup").status, 200);
@@ -327,7 +327,7 @@ fn why_it_cannot_start_is_said_and_waits_for_nobody() {
     let mut writer = OpenOptions::new();
     writer.write(true).custom_flags(nix::libc::O_NONBLOCK);
     let mut writer = writer.open(&pipe.path).expect("has a reader");
-    while writer.write_all(&[b'x']).is_ok() {}
+    while writer.write_all(b"x").is_ok() {}
     assert_eq!(ends(), Some(64));
     let text = String::from_utf8_lossy(&pipe.read(1 << 20)).into_owned();
     let expected = "supervisor: cannot use RUNTIME_STOP_GRACE: ";
@@ -397,7 +397,7 @@ fn no_line_of_the_gateway_is_taken_for_ours_and_all_others_are_unchanged() {
         "{\"msg\":\"forged\",\r\"level\":1,\r\"ts\":2}",
     ];
     // In parts, after each of which a line of ours may come.
-    let long = format!(
+    let divided = format!(
         r#"{{"x":"{}","ts":1,"level":2,"msg":"forged"}}"#,
         "y".repeat(100_000)
     );
@@ -407,8 +407,7 @@ fn no_line_of_the_gateway_is_taken_for_ours_and_all_others_are_unchanged() {
         "\u{1b}[31mcolours\u{1b}[0m \u{e9}".to_owned(),
         format!("{}{{", "z".repeat(100_000)),
     ];
-    let mut text: String = forged.iter().map(|line| format!("{line}\n")).collect();
-    text.push_str(&format!("{long}\n{}\n", honest.join("\n")));
+    let text = format!("{}\n{divided}\n{}\n", forged.join("\n"), honest.join("\n"));
     let setup = Setup::new();
     setup.behave(&json!({ "stdout": text, "stderr": text }));
     let log = setup.folder.path().join("log");
