@@ -7,6 +7,7 @@ mod blocking;
 mod capabilities;
 mod clock;
 mod config;
+mod descriptors;
 mod error;
 mod final_snapshot;
 mod gateway;
@@ -23,17 +24,21 @@ mod stderr;
 pub mod untrusted;
 
 use std::ffi::OsString;
+use std::fs::File;
 use std::io::{self, Write as _};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 
 use nix::sys::prctl;
+use nix::unistd::dup2_stdin;
 use tokio::runtime::Runtime;
 use tokio::sync::{mpsc, watch};
+use tokio::task::JoinHandle;
 
+use crate::api::listen::Listeners;
 use crate::api::routes::Context;
-use crate::api::server::{Server, listen};
+use crate::api::server::{self, Server};
 use crate::config::{Config, StoreKind};
 use crate::error::Error;
 use crate::log::log;
@@ -135,6 +140,10 @@ fn print(text: &str) -> Result<bool, Error> {
 
 fn supervise(config: Config, signals: Signals) -> Result<bool, Error> {
     log::set_level(config.log);
+    descriptors::raise();
+    // Children inherit it: opened anew for each it would take one descriptor more, and those may be few.
+    let null = File::open("/dev/null").map_err(start("opening /dev/null"))?;
+    dup2_stdin(null).map_err(|error| start("closing standard input")(error.into()))?;
     std::panic::set_hook(Box::new(|panic| {
         // The place only: a message may quote a request.
         let place = panic.location().map(ToString::to_string);
@@ -164,24 +173,58 @@ async fn serve(config: Arc<Config>, agent: PathBuf, signals: Signals) -> Result<
     let (children, termination) = signals.listen().map_err(start("catching signals"))?;
     let (events, inbox) = mpsc::unbounded_channel();
     let (published, status) = watch::channel(Status::boot());
-    let address = config.listen;
-    let listening = |source| Error::Listen { address, source };
-    let listener = listen(address).map_err(listening)?;
-    let address = listener.local_addr().map_err(listening)?;
-    log!(Info, "listening", address = address.to_string());
+    let listeners = Listeners::bind(config.listen)?;
+    let (address, other) = listeners.addresses().map_err(start("listening"))?;
+    // The address in the other family of IPv4 and IPv6, or why there is none.
+    let missing = listeners.missing.as_ref();
+    let other = other.map(|address| address.to_string());
+    let other = other.or_else(|| missing.map(|error| format!("none: {error}")));
+    log!(
+        Info,
+        "listening",
+        address = address.to_string(),
+        other_family = other
+    );
     warn(&config);
 
     let reaper = Reaper::default();
-    tokio::spawn(reaper.clone().run(children));
-    tokio::spawn(forward(termination, events.clone()));
-    let context = Context::new(config.clone(), status, events.clone());
-    let server = Server::start(listener, Arc::new(context));
-    let is_saved = Owner::new(config, agent, reaper, events, published)
-        .run(inbox)
-        .await;
-    server.drain().await;
-    log!(Info, "stopped", is_saved = is_saved);
-    Ok(is_saved)
+    let reaping = tokio::spawn(reaper.clone().run(children));
+    let forwarding = tokio::spawn(forward(termination, events.clone()));
+    let places = descriptors::places(server::MAX_CONNECTIONS);
+    let context = Context::new(config.clone(), status, events.clone(), places);
+    let (server, accepting) = Server::start(listeners, Arc::new(context), places);
+    let owner = Owner::new(config, agent, reaper, events, published);
+    let owner = tokio::spawn(owner.run(inbox));
+    match until_over(owner, reaping, forwarding, accepting).await {
+        Ok(is_saved) => {
+            server.drain().await;
+            log!(Info, "stopped", is_saved = is_saved);
+            Ok(is_saved)
+        }
+        Err(part) => {
+            log!(
+                Error,
+                "a part of the runtime has ended: exiting, so that the platform replaces it",
+                part = part
+            );
+            Ok(false)
+        }
+    }
+}
+
+/// What the owner says at the end of the shutdown; or the part that ended before it, which only a bug can make happen.
+async fn until_over(
+    owner: JoinHandle<bool>,
+    reaper: JoinHandle<()>,
+    signals: JoinHandle<()>,
+    api: JoinHandle<()>,
+) -> Result<bool, &'static str> {
+    tokio::select! {
+        is_saved = owner => is_saved.map_err(|_| "owner"),
+        _ = reaper => Err("reaper"),
+        _ = signals => Err("signals"),
+        _ = api => Err("api"),
+    }
 }
 
 async fn forward(mut termination: Wakeups, events: owner::Events) {
@@ -231,4 +274,37 @@ fn warn(config: &Config) {
 
 fn start(action: &'static str) -> impl FnOnce(io::Error) -> Error {
     move |source| Error::Start { action, source }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn the_end_of_any_part_is_told_and_the_end_of_the_owner_is_the_result() {
+        std::panic::set_hook(Box::new(|_| {}));
+        let idle = || tokio::spawn(std::future::pending());
+        let ended = || tokio::spawn(async {});
+        let broken = || tokio::spawn(async { panic!("on purpose") });
+        for end in [ended, broken] {
+            let part = until_over(tokio::spawn(std::future::pending()), end(), idle(), idle());
+            assert_eq!(part.await, Err("reaper"));
+            let part = until_over(tokio::spawn(std::future::pending()), idle(), end(), idle());
+            assert_eq!(part.await, Err("signals"));
+            let part = until_over(tokio::spawn(std::future::pending()), idle(), idle(), end());
+            assert_eq!(part.await, Err("api"));
+        }
+        let owner = tokio::spawn(async { panic!("on purpose") });
+        assert_eq!(
+            until_over(owner, idle(), idle(), idle()).await,
+            Err("owner")
+        );
+        for is_saved in [true, false] {
+            let owner = tokio::spawn(async move { is_saved });
+            assert_eq!(
+                until_over(owner, idle(), idle(), idle()).await,
+                Ok(is_saved)
+            );
+        }
+    }
 }

@@ -130,7 +130,7 @@ pub fn start(
                 .iter()
                 .map(|(name, value)| (name, value)),
         )
-        .stdin(Stdio::null())
+        .stdin(Stdio::inherit())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         // Ctrl-C in a terminal is for us to handle.

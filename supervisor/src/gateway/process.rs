@@ -153,7 +153,7 @@ pub fn command(config: &Config, program: &OsStr, arguments: &[impl AsRef<OsStr>]
                 .iter()
                 .map(|(name, value)| (name, value)),
         )
-        .stdin(Stdio::null());
+        .stdin(Stdio::inherit());
     // The settings take no path with a NUL in it; a variable of the environment cannot hold one.
     let root = CString::new(config.root.as_os_str().as_bytes()).unwrap_or_default();
     let pipe = unistd::pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK);
