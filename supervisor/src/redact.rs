@@ -250,7 +250,7 @@ mod tests {
                 byte.is_ascii_alphanumeric() || b"-_.!~*'()".contains(&byte)
             });
             let units = value.encode_utf16();
-            let ascii: String = units.map(|unit| format!("\\u{unit:04X}")).collect();
+            let ascii: Vec<_> = units.map(|unit| format!("\\u{unit:04X}")).collect();
             for form in [
                 value.to_owned(),
                 percent(value, |_| false).to_uppercase(),
@@ -263,7 +263,7 @@ mod tests {
                 json(value),
                 json(&json(value)),
                 json(value).replace('/', "\\/"),
-                ascii,
+                ascii.concat(),
                 value
                     .replace('\\', "\\\\")
                     .replace('\'', "\\'")
