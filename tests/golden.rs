@@ -3,11 +3,12 @@
 use e2e::golden;
 use e2e::greedy::{CLOSE, COMPRESSED, Greedy, LAST, Peer, TEXT, frame};
 use e2e::http::Response;
-use e2e::supervisor::{Setup, Supervisor, failure, snapshot};
+use e2e::supervisor::{Setup, Supervisor, TOKEN, failure, snapshot};
 use e2e::wait::until;
 use serde_json::{Value, json};
 use std::fmt::Write as _;
 use std::io::{self, Write as _};
+use std::net::TcpStream;
 
 /// Takes notes of answers, with what differs from run to run replaced.
 #[derive(Default)]
@@ -110,6 +111,23 @@ fn answers_when_something_is_wrong() {
         "POST /v1/devices/unknown/approve",
         &supervisor.post("/v1/devices/unknown/approve"),
     );
+    let head = format!(
+        "POST /v1/devices/unknown/approve HTTP/1.1\r\nAuthorization: Bearer {TOKEN}\r\nContent-Length: 9\r\n\r\n"
+    );
+    let without_body = |_| {
+        let mut stream = TcpStream::connect(supervisor.api).expect("listens");
+        stream.write_all(head.as_bytes()).expect("is open");
+        stream
+    };
+    let waiting: Vec<_> = (0..40).map(without_body).collect();
+    notes.add(
+        "POST /v1/devices/unknown/approve while 32 wait",
+        &supervisor.post("/v1/devices/unknown/approve"),
+    );
+    drop(waiting);
+    until("a free place", || {
+        supervisor.post("/v1/devices/unknown/approve").status == 404
+    });
     for (exit, code) in [
         (1, "internal"),
         (75, "store_unavailable"),

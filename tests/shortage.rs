@@ -244,6 +244,65 @@ fn without_descriptors_an_exit_is_not_lost_and_nothing_is_taken_for_clean() {
     }
 }
 
+/// So few that connections and the work of PID 1 compete for them.
+#[test]
+fn with_twenty_descriptors_strangers_keep_neither_status_nor_backup_nor_restart_from_the_token() {
+    let api = free_address();
+    let setup = Setup::new().with("RUNTIME_LISTEN", &api.to_string());
+    let log = setup.folder.path().join("log");
+    let script = "exec 2> \"$0\"; exec prlimit --nofile=20:20 \"$@\"";
+    let log_name = log.display().to_string();
+    let program = setup.program_below(&["/bin/sh", "-c", script, &log_name]);
+    let mut supervisor = setup.start_at(api, program);
+    supervisor.until_running(1);
+    for starts in 2..4 {
+        let connect = |_| TcpStream::connect(api).expect("is taken");
+        let strangers: Vec<_> = (0..20).map(connect).collect();
+        supervisor.status();
+        // The last strangers may still have their second.
+        until("a backup", || supervisor.post("/v1/backup").status == 200);
+        assert_eq!(supervisor.post("/v1/restart").status, 202);
+        supervisor.until_running(starts);
+        drop(strangers);
+    }
+    let log = fs::read_to_string(log).expect("is there");
+    let warning = log.lines().find(|line| line.contains("\"needed\":"));
+    let warning: Value =
+        serde_json::from_str(warning.expect("the limit is low")).expect("a log line is JSON");
+    let needed = warning["needed"].as_u64().expect("is a number");
+    assert_eq!(warning["limit"], 20);
+    assert_eq!(supervisor.stop(), Some(0));
+
+    // The number that it asks for is enough.
+    let setup = Setup::new();
+    let limit = format!("--nofile={needed}:{needed}");
+    let program = setup.program_below(&["prlimit", &limit]);
+    let supervisor = setup.start_as(program);
+    supervisor.until_running(1);
+    let connect = |_| TcpStream::connect(supervisor.api).expect("is taken");
+    let _strangers: Vec<_> = (0..50).map(connect).collect();
+    assert_eq!(supervisor.post("/v1/backup").status, 200);
+    assert!(!supervisor.log().contains("Too many open files"));
+}
+
+/// A soft limit is a default: we take what the hard one allows.
+#[test]
+fn a_low_soft_limit_on_descriptors_is_raised() {
+    let setup = Setup::new();
+    let program = setup.program_below(&["prlimit", "--nofile=20:4096"]);
+    let supervisor = setup.start_as(program);
+    supervisor.until_running(1);
+    assert!(!supervisor.log().contains("the limit on descriptors"));
+    if is_root() {
+        let limits = fs::read_to_string(format!("/proc/{}/limits", supervisor.pid()));
+        let limits = limits.expect("is there");
+        let mut lines = limits.lines();
+        let line = lines.find(|line| line.starts_with("Max open files"));
+        let words: Vec<_> = line.expect("is listed").split_whitespace().collect();
+        assert_eq!(words[3..5], ["1024", "4096"]);
+    }
+}
+
 // Room
 
 #[test]

@@ -71,6 +71,42 @@ fn a_gateway_that_never_comes_up_shows_what_it_wrote_without_secrets() {
     assert_eq!(status["gateway"]["nextAttemptAt"], Value::Null);
 }
 
+/// As a mailer, an address, JSON, Node.js and a shell write them.
+#[test]
+fn known_secrets_are_not_shown_in_any_escaping() {
+    let written = [
+        "login of bob with correct-horse refused",
+        "GET https://h.example/login?p=p%40ss%2fword%2Bx 401",
+        "pin 84729184 wrong",
+        "{ key: 'k\\'ey with a quote' }",
+        "{\"key\":\"k\\u0027ey with a quote\"}",
+        "cannot decrypt with zebra-crossing",
+    ];
+    let setup = Setup::new()
+        .with("SMTP_PASS", "correct-horse")
+        .with("DB_PASSWORD", "p@ss/word+x")
+        .with("API_PIN", "84729184")
+        .with("OPENAI_API_KEY", "k'ey with a quote")
+        .with("ENCRYPTION_KEY_2", "zebra-crossing");
+    setup.behave(&json!({ "exit": 78, "stderr": written.join("\n") }));
+    let supervisor = setup.start();
+    supervisor.until_gateway("failed");
+    let shown = until_some("what it wrote", || {
+        let mut status = supervisor.status();
+        let tail = status["gateway"]["stderrTail"].take();
+        tail.as_str().map(str::to_owned)
+    });
+    let expected = [
+        "login of bob with [redacted] refused",
+        "GET https://h.example/login?p=[redacted] 401",
+        "pin [redacted] wrong",
+        "{ key: '[redacted]' }",
+        "{\"key\":\"[redacted]\"}",
+        "cannot decrypt with [redacted]",
+    ];
+    assert_eq!(shown, expected.join("\n"));
+}
+
 #[test]
 fn a_gateway_that_refuses_its_configuration_shows_why_at_once() {
     let setup = Setup::new();

@@ -1,7 +1,8 @@
 //! The API among strangers: whatever they send, however many there are, whoever holds the token is answered.
 
 use std::io::{Read as _, Write as _};
-use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::process::Command;
 use std::thread;
 use std::time::Duration;
 
@@ -10,7 +11,8 @@ use e2e::supervisor::{Setup, Supervisor, TOKEN};
 use e2e::wait::until;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{Signal, kill};
-use serde_json::Value;
+use rustix::net::{self, AddressFamily, SocketType, sockopt};
+use serde_json::{Value, json};
 
 fn running(setup: Setup) -> Supervisor {
     let supervisor = setup.start();
@@ -90,6 +92,183 @@ fn whoever_connects_while_it_has_no_time_waits_in_line() {
     assert!(strangers.is_ok(), "{strangers:?}");
     let answer = ask(&mut owner.expect("there is room for it"));
     assert_eq!(answer.expect("is answered").status, 200);
+}
+
+/// Whether another process can listen there, whatever it does for it.
+fn can_listen(address: SocketAddr) -> bool {
+    let listen = |reuse_address, reuse_port| {
+        let family = if address.is_ipv4() {
+            AddressFamily::INET
+        } else {
+            AddressFamily::INET6
+        };
+        let socket = net::socket(family, SocketType::STREAM, None).expect("can make a socket");
+        sockopt::set_socket_reuseaddr(&socket, reuse_address).expect("can be set");
+        sockopt::set_socket_reuseport(&socket, reuse_port).expect("can be set");
+        if address.is_ipv6() {
+            sockopt::set_ipv6_v6only(&socket, true).expect("can be set");
+        }
+        net::bind(&socket, &address).is_ok() && net::listen(&socket, 1).is_ok()
+    };
+    [(false, false), (true, false), (false, true), (true, true)]
+        .into_iter()
+        .any(|(reuse_address, reuse_port)| listen(reuse_address, reuse_port))
+}
+
+/// The gateway runs commands for others: one that listens where `localhost` leads to would be given the token.
+#[test]
+fn localhost_leads_to_nobody_else_in_either_family() {
+    if TcpListener::bind("[::1]:0").is_err() {
+        eprintln!("skipped: there is no IPv6 here");
+        return;
+    }
+    for listen in [
+        "0.0.0.0:0",
+        "[::]:0",
+        "127.0.0.1:0",
+        "[::1]:0",
+        "[::ffff:127.0.0.1]:0",
+    ] {
+        let mut supervisor = running(Setup::new().with("RUNTIME_LISTEN", listen));
+        let port = supervisor.api.port();
+        for ip in ["127.0.0.1", "[::1]"] {
+            let address: SocketAddr = format!("{ip}:{port}").parse().expect("is an address");
+            supervisor.api = address;
+            assert_eq!(supervisor.get("/v1/status").status, 200, "{listen} {ip}");
+            assert!(!can_listen(address), "{listen} {ip}");
+        }
+        for every in ["0.0.0.0", "[::]"] {
+            let address = format!("{every}:{port}").parse().expect("is an address");
+            assert!(!can_listen(address), "{listen} {every}");
+        }
+        let asked = listen.replace(":0", &format!(":{port}")).parse();
+        let asked = asked.expect("is an address");
+        let healthcheck = supervisor.setup.program_with(&["healthcheck"], asked);
+        assert!(healthcheck.status.success(), "{listen}: {healthcheck:?}");
+    }
+}
+
+/// It may be there before us: left over from a supervisor that was killed.
+#[test]
+fn nothing_starts_where_somebody_else_listens_in_the_other_family() {
+    let Ok(listener) = TcpListener::bind("[::1]:0") else {
+        eprintln!("skipped: there is no IPv6 here");
+        return;
+    };
+    let taken = listener.local_addr().expect("is bound");
+    for ip in ["127.0.0.1", "0.0.0.0"] {
+        let address = format!("{ip}:{}", taken.port());
+        let setup = Setup::new();
+        let ended = setup.program_with(&["--", "true"], address.parse().expect("is an address"));
+        let said = String::from_utf8_lossy(&ended.stderr);
+        let expected = if ip == "127.0.0.1" { "[::1]" } else { "[::]" };
+        let expected = format!(
+            "cannot listen on {expected}:{}: another process",
+            taken.port()
+        );
+        assert_eq!(ended.status.code(), Some(1), "{said}");
+        assert!(said.contains(&expected), "{said}");
+    }
+}
+
+/// As in a container whose network has IPv4 only.
+#[test]
+fn without_ipv6_it_listens_on_ipv4_alone_and_says_so() {
+    let script = "echo 1 > /proc/sys/net/ipv6/conf/all/disable_ipv6; busybox ifconfig lo 127.0.0.1 up && exec \"$@\"";
+    let words = ["unshare", "--net", "/bin/sh", "-c", script, "sh"];
+    let probe = Command::new(words[0])
+        .args(&words[1..])
+        .arg("true")
+        .status();
+    if !probe.is_ok_and(|status| status.success()) {
+        eprintln!("skipped: no network can be made here");
+        return;
+    }
+    let setup = Setup::new();
+    let program = setup.program_below(&words);
+    let supervisor = setup.start_as(program);
+    until("a gateway that runs", || {
+        supervisor.log().contains("\"running\"")
+    });
+    let log = supervisor.log();
+    let line = log.lines().find(|line| line.contains("\"listening\""));
+    let line: Value = serde_json::from_str(line.expect("it listens")).expect("is JSON");
+    let other = line["other_family"].as_str().expect("is said");
+    assert!(other.starts_with("none: "), "{other}");
+}
+
+/// A backup that nobody ends, and as many calls for it as there are connections.
+#[test]
+fn holders_of_the_token_who_wait_keep_out_neither_short_requests_nor_other_kinds() {
+    let setup = Setup::new();
+    let run = json!({ "gate": "go", "answer": { "snapshot": "shared" } });
+    setup.agent("backup", &json!([run]));
+    let supervisor = running(setup);
+    let send = |request: &str| {
+        let mut stream = TcpStream::connect(supervisor.api).expect("can connect");
+        stream.write_all(request.as_bytes()).expect("is open");
+        stream
+    };
+    let backup = head("POST", "/v1/backup") + "\r\n";
+    let mut waiting: Vec<_> = (0..300).map(|_| send(&backup)).collect();
+    // Some of every kind never send their body, some send nothing, some never read.
+    for _ in 0..300 {
+        for (method, path) in [
+            ("POST", "/v1/backup"),
+            ("GET", "/v1/status"),
+            ("GET", "/v1/devices"),
+        ] {
+            waiting.push(send(&(head(method, path) + "Content-Length: 9\r\n\r\n")));
+        }
+        waiting.push(send(&status_request().repeat(3)));
+        waiting.push(send(""));
+    }
+    let refused = supervisor.post("/v1/backup");
+    assert_eq!((refused.status, refused.code()), (503, "busy"));
+    assert_eq!(refused.header("retry-after"), Some("5"));
+    assert!(refused.is_enveloped());
+    assert_eq!(supervisor.get("/v1/status").status, 200);
+    let approved = supervisor.post("/v1/devices/unknown/approve");
+    assert_eq!(approved.code(), "unknown_request");
+    let healthcheck = supervisor
+        .setup
+        .program_with(&["healthcheck"], supervisor.api);
+    assert_eq!(healthcheck.status.code(), Some(0), "{healthcheck:?}");
+    assert_eq!(supervisor.post("/v1/restart").status, 202);
+
+    // The callers go, and what they asked for goes on; its place is free once it has ended.
+    drop(waiting);
+    supervisor.setup.open_gate("go");
+    until("a free place", || {
+        supervisor.post("/v1/backup").status == 200
+    });
+    assert_eq!(supervisor.get("/v1/status").status, 200);
+}
+
+#[test]
+fn a_client_that_has_ended_its_side_gets_its_answer() {
+    let supervisor = running(Setup::new());
+    let backup = head("POST", "/v1/backup") + "\r\n";
+    let bodies = head("POST", "/v1/restart") + "Content-Length: 2\r\n\r\n{}" + &status_request();
+    for (request, statuses) in [
+        (backup, &[200][..]),
+        (status_request().repeat(2), &[200, 200]),
+        (bodies, &[202, 200]),
+        // Half of a request is none.
+        (head("GET", "/v1/status"), &[]),
+        (String::new(), &[]),
+    ] {
+        let text = exchange(supervisor.api, request.as_bytes());
+        let answers = http::answers(&text).expect("all are whole");
+        let found: Vec<u16> = answers.iter().map(|answer| answer.status).collect();
+        assert_eq!(found, statuses, "{request}");
+    }
+    // What was promised and does not come.
+    let cut = head("POST", "/v1/backup") + "Content-Length: 9\r\n\r\n{}";
+    let text = exchange(supervisor.api, cut.as_bytes());
+    let answers = http::answers(&text).expect("all are whole");
+    assert!(answers.iter().all(|answer| answer.status == 400), "{text}");
+    assert_eq!(supervisor.setup.agent_calls("backup").len(), 1);
 }
 
 #[test]

@@ -26,6 +26,12 @@ pub enum Error {
         address: SocketAddr,
         source: io::Error,
     },
+    /// By whoever listens there already. It would be given the service token, so nothing starts.
+    #[error(
+        "cannot listen on {address}: another process has this port, perhaps one of the gateway's from before; end it \
+         (ss -ltnp shows its pid), or set another port in RUNTIME_LISTEN"
+    )]
+    PortTaken { address: SocketAddr },
     #[error("cannot start: {action} failed")]
     Start {
         action: &'static str,

@@ -3,7 +3,7 @@
 //! Healthy is a supervisor that answers and whose gateway has not given up. One that restores, starts or backs off is
 //! healthy: replacing it would only lose time.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{Ipv4Addr, SocketAddr};
 
 use crate::error::Error;
 use crate::gateway::probe;
@@ -29,12 +29,10 @@ pub async fn check(listen: SocketAddr, token: &Secret) -> Result<String, Error> 
     }
 }
 
-/// Listening on every address includes loopback.
+/// Of every address, loopback is one. Its IPv4 is there where IPv6 is not, and is ours whichever of the two was set.
 fn reachable(listen: SocketAddr) -> SocketAddr {
-    let ip = match listen.ip() {
-        IpAddr::V4(ip) if ip.is_unspecified() => IpAddr::V4(Ipv4Addr::LOCALHOST),
-        IpAddr::V6(ip) if ip.is_unspecified() => IpAddr::V6(Ipv6Addr::LOCALHOST),
-        ip => ip,
-    };
-    SocketAddr::new(ip, listen.port())
+    match listen.ip().to_canonical() {
+        ip if ip.is_unspecified() => SocketAddr::new(Ipv4Addr::LOCALHOST.into(), listen.port()),
+        ip => SocketAddr::new(ip, listen.port()),
+    }
 }

@@ -7,6 +7,7 @@ mod blocking;
 mod capabilities;
 mod clock;
 mod config;
+mod descriptors;
 mod error;
 mod final_snapshot;
 mod gateway;
@@ -25,22 +26,28 @@ mod status;
 pub mod untrusted;
 
 use std::ffi::OsString;
+use std::fs::File;
 use std::io::{self, Write as _};
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
+use nix::fcntl::OFlag;
 use nix::sys::prctl;
+use nix::unistd::{dup2_stdin, pipe2};
 use tokio::runtime::Runtime;
 use tokio::sync::{mpsc, watch};
+use tokio::task::JoinHandle;
 
+use crate::api::listen::Listeners;
 use crate::api::routes::Context;
-use crate::api::server::{Server, listen};
+use crate::api::server::{self, Server};
 use crate::config::{Config, StoreKind};
 use crate::error::Error;
 use crate::log::log;
-use crate::owner::{Event, Owner};
+use crate::owner::{Ended, Event, Owner};
 use crate::reaper::Reaper;
 use crate::signals::{Signals, Wakeups};
 use crate::status::Status;
@@ -143,6 +150,8 @@ fn print(text: &str) -> Result<bool, Error> {
 
 fn supervise(config: Config, signals: Signals) -> Result<bool, Error> {
     log::set_level(config.log);
+    descriptors::raise();
+    close_stdin().map_err(start("closing standard input"))?;
     std::panic::set_hook(Box::new(|panic| {
         // The place only: a message may quote a request.
         let place = panic.location().map(ToString::to_string);
@@ -161,6 +170,16 @@ fn supervise(config: Config, signals: Signals) -> Result<bool, Error> {
     runtime()?.block_on(serve(Arc::new(config), executable()?, signals))
 }
 
+/// Nothing is read. Children inherit it: opened anew for each it would take one descriptor more, and those may be few.
+fn close_stdin() -> io::Result<()> {
+    let nothing: OwnedFd = match File::open("/dev/null") {
+        Ok(null) => null.into(),
+        // Without `/dev`: a pipe that nobody can write to.
+        Err(_) => pipe2(OFlag::O_CLOEXEC)?.0,
+    };
+    Ok(dup2_stdin(nothing)?)
+}
+
 fn runtime() -> Result<Runtime, Error> {
     tokio::runtime::Builder::new_current_thread()
         .enable_io()
@@ -173,24 +192,58 @@ async fn serve(config: Arc<Config>, agent: PathBuf, signals: Signals) -> Result<
     let (children, termination) = signals.listen().map_err(start("catching signals"))?;
     let (events, inbox) = mpsc::unbounded_channel();
     let (published, status) = watch::channel(Status::boot());
-    let address = config.listen;
-    let listening = |source| Error::Listen { address, source };
-    let listener = listen(address).map_err(listening)?;
-    let address = listener.local_addr().map_err(listening)?;
-    log!(Info, "listening", address = address.to_string());
+    let listeners = Listeners::bind(config.listen)?;
+    let (address, other) = listeners.addresses().map_err(start("listening"))?;
+    // The address in the other family of IPv4 and IPv6, or why there is none.
+    let missing = listeners.missing.as_ref();
+    let other = other.map(|address| address.to_string());
+    let other = other.or_else(|| missing.map(|error| format!("none: {error}")));
+    log!(
+        Info,
+        "listening",
+        address = address.to_string(),
+        other_family = other
+    );
     warn(&config);
 
     let reaper = Reaper::default();
-    tokio::spawn(reaper.clone().run(children));
-    tokio::spawn(forward(termination, events.clone()));
-    let context = Context::new(config.clone(), status, events.clone());
-    let server = Server::start(listener, Arc::new(context));
-    let ended = Owner::new(config, agent, reaper, events, published)
-        .run(inbox)
-        .await;
-    server.drain().await;
-    log!(Info, "stopped", is_saved = ended.is_saved);
-    Ok(ended.is_well)
+    let reaping = tokio::spawn(reaper.clone().run(children));
+    let forwarding = tokio::spawn(forward(termination, events.clone()));
+    let places = descriptors::places(server::MAX_CONNECTIONS);
+    let context = Context::new(config.clone(), status, events.clone(), places);
+    let (server, accepting) = Server::start(listeners, Arc::new(context), places);
+    let owner = Owner::new(config, agent, reaper, events, published);
+    let owner = tokio::spawn(owner.run(inbox));
+    match until_over(owner, reaping, forwarding, accepting).await {
+        Ok(ended) => {
+            server.drain().await;
+            log!(Info, "stopped", is_saved = ended.is_saved);
+            Ok(ended.is_well)
+        }
+        Err(part) => {
+            log!(
+                Error,
+                "a part of the runtime has ended: exiting, so that the platform replaces it",
+                part = part
+            );
+            Ok(false)
+        }
+    }
+}
+
+/// What the owner says at the end of the shutdown; or the part that ended before it, which only a bug can make happen.
+async fn until_over(
+    owner: JoinHandle<Ended>,
+    reaper: JoinHandle<()>,
+    signals: JoinHandle<()>,
+    api: JoinHandle<()>,
+) -> Result<Ended, &'static str> {
+    tokio::select! {
+        ended = owner => ended.map_err(|_| "owner"),
+        _ = reaper => Err("reaper"),
+        _ = signals => Err("signals"),
+        _ = api => Err("api"),
+    }
 }
 
 async fn forward(mut termination: Wakeups, events: owner::Events) {
@@ -240,4 +293,37 @@ fn warn(config: &Config) {
 
 fn start(action: &'static str) -> impl FnOnce(io::Error) -> Error {
     move |source| Error::Start { action, source }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn the_end_of_any_part_is_told_and_the_end_of_the_owner_is_the_result() {
+        std::panic::set_hook(Box::new(|_| {}));
+        let idle = || tokio::spawn(std::future::pending());
+        let ended = || tokio::spawn(async {});
+        let broken = || tokio::spawn(async { panic!("on purpose") });
+        for end in [ended, broken] {
+            let part = until_over(tokio::spawn(std::future::pending()), end(), idle(), idle());
+            assert_eq!(part.await, Err("reaper"));
+            let part = until_over(tokio::spawn(std::future::pending()), idle(), end(), idle());
+            assert_eq!(part.await, Err("signals"));
+            let part = until_over(tokio::spawn(std::future::pending()), idle(), idle(), end());
+            assert_eq!(part.await, Err("api"));
+        }
+        let owner = tokio::spawn(async { panic!("on purpose") });
+        assert_eq!(
+            until_over(owner, idle(), idle(), idle()).await,
+            Err("owner")
+        );
+        for is_saved in [true, false] {
+            let owner = tokio::spawn(async move { is_saved });
+            assert_eq!(
+                until_over(owner, idle(), idle(), idle()).await,
+                Ok(is_saved)
+            );
+        }
+    }
 }

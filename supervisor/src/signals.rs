@@ -4,13 +4,13 @@
 //! set to ignore: children would inherit that.)
 
 use std::io;
+use std::os::fd::IntoRawFd as _;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
 use nix::sys::signal::SigSet;
 use signal_hook::consts::{SIGCHLD, SIGHUP, SIGINT, SIGQUIT, SIGTERM};
-use signal_hook::flag;
-use signal_hook::low_level::pipe;
+use signal_hook::{flag, low_level};
 use tokio::io::AsyncReadExt as _;
 
 /// How service managers and container engines say "stop": SIGQUIT where an image asks for it (`STOPSIGNAL`), SIGPWR by LXC,
@@ -26,12 +26,8 @@ pub struct Signals {
 impl Signals {
     /// To be called first in `main`.
     pub fn register() -> io::Result<Self> {
-        let (children, wake) = UnixStream::pair()?;
-        pipe::register(SIGCHLD, wake)?;
-        let (termination, wake) = UnixStream::pair()?;
-        for signal in TERMINATION {
-            pipe::register(signal, wake.try_clone()?)?;
-        }
+        let children = woken_by(&[SIGCHLD])?;
+        let termination = woken_by(&TERMINATION)?;
         flag::register(SIGHUP, Arc::default())?;
         // Whoever started us may have blocked them, and a mask survives exec.
         SigSet::empty().thread_set_mask()?;
@@ -48,6 +44,23 @@ impl Signals {
             Wakeups::new(self.termination)?,
         ))
     }
+}
+
+/// The reading end of a socket into which each of these signals writes a byte. All of them have one descriptor.
+#[allow(unsafe_code)]
+fn woken_by(signals: &[i32]) -> io::Result<UnixStream> {
+    let (reading, writing) = UnixStream::pair()?;
+    // The handlers have it for ever.
+    let writing = writing.into_raw_fd();
+    for signal in signals {
+        let send = move || {
+            // SAFETY: sends a byte of static memory to a descriptor that is never closed. A socket that is full has others.
+            unsafe { libc::send(writing, b"x".as_ptr().cast(), 1, libc::MSG_DONTWAIT) };
+        };
+        // SAFETY: the action makes one system call, which is safe in a handler (signal-safety(7)), and nothing else.
+        unsafe { low_level::register(*signal, send) }?;
+    }
+    Ok(reading)
 }
 
 pub struct Wakeups(tokio::net::UnixStream);

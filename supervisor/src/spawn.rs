@@ -9,13 +9,14 @@ use std::os::unix::ffi::OsStrExt as _;
 use std::ptr;
 
 use nix::errno::Errno;
-use nix::fcntl::{OFlag, open};
+use nix::fcntl::OFlag;
 use nix::libc::{self, c_char, c_int};
 use nix::sys::signal::{SigSet, SigmaskHow};
-use nix::sys::stat::Mode;
-use nix::unistd::{dup2_stderr, dup2_stdin, dup2_stdout, pipe2, write};
+use nix::unistd::{dup2_stderr, dup2_stdout, pipe2, write};
 use tokio::io::AsyncReadExt as _;
 use tokio::net::unix::pipe;
+
+use crate::descriptors;
 
 /// SIGRTMAX of Linux.
 const LAST_SIGNAL: c_int = 64;
@@ -43,9 +44,8 @@ pub struct Failure {
     pub error: Errno,
 }
 
-/// The ends that a new process gets.
+/// The ends that a new process gets. Its standard input is ours.
 pub struct ChildEnds {
-    stdin: OwnedFd,
     stdout: OwnedFd,
     stderr: OwnedFd,
     failure: OwnedFd,
@@ -92,15 +92,6 @@ pub fn pipes() -> io::Result<(ParentEnds, ChildEnds)> {
     let pipe = || pipe2(OFlag::O_CLOEXEC);
     let ((stdout, child_stdout), (stderr, child_stderr), (start, failure)) =
         (pipe()?, pipe()?, pipe()?);
-    // Without `/dev`, a pipe that nobody writes to.
-    let stdin = match open(
-        "/dev/null",
-        OFlag::O_RDONLY | OFlag::O_CLOEXEC,
-        Mode::empty(),
-    ) {
-        Ok(null) => null,
-        Err(_) => pipe()?.0,
-    };
     let receiver = pipe::Receiver::from_owned_fd;
     let parent = ParentEnds {
         stdout: receiver(stdout)?,
@@ -108,7 +99,6 @@ pub fn pipes() -> io::Result<(ParentEnds, ChildEnds)> {
         start: Start(receiver(start)?),
     };
     let child = ChildEnds {
-        stdin,
         stdout: child_stdout,
         stderr: child_stderr,
         failure,
@@ -175,7 +165,7 @@ impl Program {
     fn set_up(&self, ends: &ChildEnds, step: &mut u8) -> nix::Result<()> {
         // First, while nobody but root can signal us: our handlers write to sockets that we still share with the supervisor.
         reset_signals();
-        dup2_stdin(&ends.stdin)?;
+        descriptors::give_back()?;
         dup2_stdout(&ends.stdout)?;
         dup2_stderr(&ends.stderr)?;
         (self.setup)(step)?;

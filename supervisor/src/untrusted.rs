@@ -155,12 +155,19 @@ async fn converse(config: Arc<Config>, bytes: &[u8]) -> Vec<u8> {
     let (_published, status) = watch::channel(Status::boot());
     // Nobody takes commands: the runtime is as good as shutting down.
     let (events, _) = mpsc::unbounded_channel();
-    let context = Context::new(config, status, events);
+    let context = Context::new(config, status, events, server::MAX_CONNECTIONS);
     let place = Arc::new(Semaphore::new(1)).acquire_owned().await;
     let place = place.expect("it is never closed");
     let (client, server) = duplex(ROOM);
     let (_closing, closed) = watch::channel(());
-    let serving = server::serve(server, Arc::new(context), closed, Stage::new(), place);
+    let serving = server::serve(
+        server,
+        Arc::new(context),
+        closed,
+        Stage::new(),
+        server::HEAD_TIME_LIMIT,
+        place,
+    );
     let serving = tokio::spawn(serving);
     let (mut reading, mut writing) = tokio::io::split(client);
     let mut answer = Vec::new();

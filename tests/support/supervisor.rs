@@ -6,7 +6,7 @@ use std::io::{BufRead as _, BufReader};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::sync::{Arc, Mutex};
 
 use nix::sys::signal::{Signal, kill};
@@ -224,6 +224,15 @@ impl Setup {
         program.env_clear().envs(inner.get_envs().filter_map(set));
         program.stdin(Stdio::null()).stderr(Stdio::piped());
         program
+    }
+
+    /// Another command of the same program, with the same settings.
+    pub fn program_with(&self, arguments: &[&str], api: SocketAddr) -> Output {
+        let mut program = Command::new(self.folder.path().join("bin/supervisor"));
+        surroundings::empty(&mut program);
+        program.envs(self.settings.iter().map(|(name, value)| (name, value)));
+        program.env("RUNTIME_LISTEN", api.to_string());
+        program.args(arguments).output().expect("can be executed")
     }
 
     pub fn start(self) -> Supervisor {

@@ -20,6 +20,7 @@ const PIECE: usize = 16 * 1024;
 
 /// Seconds after which trying again may help: about the start of a gateway, and a moment of a store's trouble.
 const GATEWAY_RETRY: &str = "5";
+const BUSY_RETRY: &str = "5";
 const STORE_RETRY: &str = "30";
 
 /// A request that cannot be served. The sentence in it, if any, is for a person and free of secrets.
@@ -35,6 +36,8 @@ pub enum Problem {
     UnknownRequest,
     Fenced,
     BackupDisabled(String),
+    /// As many requests of its kind wait already as may.
+    Busy,
     GatewayUnavailable(String),
     StoreUnavailable(String),
     Timeout(String),
@@ -83,6 +86,11 @@ impl Problem {
                 "another instance has taken over this store; this one takes no more backups",
             ),
             Self::BackupDisabled(reason) => (StatusCode::CONFLICT, "backup_disabled", reason),
+            Self::Busy => (
+                StatusCode::SERVICE_UNAVAILABLE,
+                "busy",
+                "too many requests of this kind are waiting for their answers; try again later",
+            ),
             Self::GatewayUnavailable(reason) => (
                 StatusCode::SERVICE_UNAVAILABLE,
                 "gateway_unavailable",
@@ -117,6 +125,11 @@ impl Problem {
             }
             Self::MethodNotAllowed(allowed) => {
                 headers.insert(ALLOW, HeaderValue::from_static(allowed));
+            }
+            // A body of it may be on its way, and is not read.
+            Self::Busy => {
+                headers.insert(RETRY_AFTER, HeaderValue::from_static(BUSY_RETRY));
+                headers.insert(CONNECTION, HeaderValue::from_static("close"));
             }
             Self::GatewayUnavailable(_) => {
                 headers.insert(RETRY_AFTER, HeaderValue::from_static(GATEWAY_RETRY));

@@ -14,6 +14,19 @@ pub(super) enum Route {
 }
 
 impl Route {
+    /// How many there are, each with a number below.
+    pub(super) const COUNT: usize = 5;
+
+    pub(super) fn number(&self) -> usize {
+        match self {
+            Self::Status => 0,
+            Self::Restart => 1,
+            Self::Backup => 2,
+            Self::Devices => 3,
+            Self::Approve(_) => 4,
+        }
+    }
+
     pub(super) fn pattern(&self) -> &'static str {
         match self {
             Self::Status => "/v1/status",

@@ -1,10 +1,13 @@
-//! Who may stay connected. There are so many places, and strangers can take them all: then the oldest of those who have
-//! not shown the token goes, so that whoever holds it gets in, however many others there are.
+//! Who may stay connected, and who may wait for an answer.
+//!
+//! Invariants: whoever holds the token gets in, because without a free place the oldest connection goes that has not shown it;
+//! and a request that is answered at once finds a place, because those that wait never have all of them.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::time::Duration;
 
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::AbortHandle;
 use tokio::time::Instant;
 
@@ -73,19 +76,78 @@ impl Places {
 
     /// Ends the oldest connection without a token, or else the oldest without a request. Work is never cut.
     pub fn shed(&mut self) {
-        let oldest = |wanted| {
-            let mut places = self.0.iter();
-            places.position(|(connection, stage)| stage.is(wanted) && !connection.is_finished())
+        let _ = self.end_oldest(STRANGE) || self.end_oldest(IDLE);
+    }
+
+    /// Ends the oldest connection without a token; whether there was one.
+    pub fn shed_stranger(&mut self) -> bool {
+        self.end_oldest(STRANGE)
+    }
+
+    fn end_oldest(&mut self, wanted: u8) -> bool {
+        let is_it = |(connection, stage): &(AbortHandle, Stage)| {
+            stage.is(wanted) && !connection.is_finished()
         };
-        if let Some(at) = oldest(STRANGE).or_else(|| oldest(IDLE)) {
+        let found = self.0.iter().position(is_it);
+        if let Some(at) = found {
             self.0.remove(at).0.abort();
         }
+        found.is_some()
+    }
+}
+
+/// Requests that wait, for their body or for their answer. Each kind has a bound of its own, so that many of one kind do not
+/// keep out those of another.
+pub struct Waiting<const KINDS: usize> {
+    all: Arc<Semaphore>,
+    kinds: [Arc<Semaphore>; KINDS],
+}
+
+/// One request that waits, until it is dropped.
+pub struct Wait {
+    _of_all: OwnedSemaphorePermit,
+    _of_kind: OwnedSemaphorePermit,
+}
+
+impl<const KINDS: usize> Waiting<KINDS> {
+    /// Each kind may have an eighth of the connections' places; with few places, all kinds together leave one free.
+    pub fn new(places: usize) -> Self {
+        let semaphore = |count: usize| Arc::new(Semaphore::new(count.max(1)));
+        Self {
+            all: semaphore(places.saturating_sub(1).min(KINDS * (places / 8).max(1))),
+            kinds: std::array::from_fn(|_| semaphore(places / 8)),
+        }
+    }
+
+    /// None when as many wait as may.
+    pub fn take(&self, kind: usize) -> Option<Wait> {
+        let take = |semaphore: &Arc<Semaphore>| semaphore.clone().try_acquire_owned().ok();
+        Some(Wait {
+            _of_all: take(&self.all)?,
+            _of_kind: take(&self.kinds[kind])?,
+        })
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn waiting_requests_leave_places_for_other_kinds_and_for_short_requests() {
+        for (places, of_one_kind, of_all) in
+            [(256, 32, 160), (16, 2, 10), (8, 1, 5), (4, 1, 3), (2, 1, 1)]
+        {
+            let waiting = Waiting::<5>::new(places);
+            let take = |kind| std::iter::from_fn(|| waiting.take(kind)).collect::<Vec<_>>();
+            assert_eq!(take(0).len(), of_one_kind, "{places} places");
+            let all: Vec<Wait> = (0..5).flat_map(take).collect();
+            assert_eq!(all.len(), of_all, "{places} places");
+            assert!(waiting.take(4).is_none() && all.len() < places);
+            drop(all);
+            assert!(waiting.take(4).is_some(), "{places} places");
+        }
+    }
 
     #[test]
     fn strangers_go_first_then_the_idle_and_the_busy_never() {

@@ -15,7 +15,7 @@ use super::auth;
 use super::devices::{self, Approvals};
 use super::envelope::{Answer, Problem, body, rendered, success};
 use super::paths::{Route, route};
-use super::places::Stage;
+use super::places::{Stage, Waiting};
 use crate::config::Config;
 use crate::log::log;
 use crate::owner::{Event, Events};
@@ -43,11 +43,17 @@ pub struct Context {
     booted: Instant,
     refusals: Mutex<Refusals>,
     known: Mutex<Option<Known>>,
+    waiting: Waiting<{ Route::COUNT }>,
 }
 
 impl Context {
-    /// Of a runtime that boots now.
-    pub fn new(config: Arc<Config>, status: watch::Receiver<Status>, events: Events) -> Self {
+    /// Of a runtime that boots now, and has this many places for connections.
+    pub fn new(
+        config: Arc<Config>,
+        status: watch::Receiver<Status>,
+        events: Events,
+        places: usize,
+    ) -> Self {
         Self {
             config,
             status,
@@ -56,6 +62,7 @@ impl Context {
             booted: Instant::now(),
             refusals: Mutex::default(),
             known: Mutex::default(),
+            waiting: Waiting::new(places),
         }
     }
 }
@@ -102,10 +109,14 @@ pub fn handle(context: Arc<Context>, request: Request<Incoming>, stage: &Stage) 
         Ok(Route::Status) if request.body().is_end_stream() => {
             Handled::Now(told(status(&context, begun)))
         }
-        Ok(route) => Handled::Later(Box::pin(async move {
-            let answer = answer(&context, route, request.into_body()).await;
-            told(answer.unwrap_or_else(|problem| problem.answer()))
-        })),
+        Ok(route) => match context.waiting.take(route.number()) {
+            Some(place) => Handled::Later(Box::pin(async move {
+                let answer = answer(&context, route, request.into_body()).await;
+                drop(place);
+                told(answer.unwrap_or_else(|problem| problem.answer()))
+            })),
+            None => Handled::Now(told(Problem::Busy.answer())),
+        },
         Err(problem) => Handled::Now(told(problem.answer())),
     }
 }

@@ -5,8 +5,6 @@
 //! workspace's profile); an `accept` that fails is logged and waited out.
 
 use std::convert::Infallible;
-use std::io;
-use std::net::SocketAddr;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,12 +13,12 @@ use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::{TcpListener, TcpSocket};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
-use tokio::task::yield_now;
+use tokio::task::{JoinHandle, yield_now};
 use tokio::time::{Instant, sleep, timeout};
 
 use super::envelope::{Answer, Problem};
+use super::listen::Listeners;
 use super::places::{Places, Stage};
 use super::routes::{self, Context, Handled};
 use super::wire::Wire;
@@ -28,18 +26,18 @@ use crate::log::log;
 
 /// The orchestrator needs one. Strangers have to make this many between somebody's connection and its first bytes to push it
 /// out, and at their fastest that takes them ten milliseconds. More would cost more memory, and descriptors.
-const MAX_CONNECTIONS: usize = 256;
+pub const MAX_CONNECTIONS: usize = 256;
 
 /// Taken in a row, before they and others get a turn: one by one would be slower than strangers can connect. Much fewer than
 /// there are places, since the first of them has to be heard before it goes.
 const BATCH: usize = 32;
 
-/// Connections that the kernel holds until they are taken, if its `somaxconn` allows (listen(2)). One too many is dropped, and
-/// tried again by whoever wants it after a second.
-const BACKLOG: u32 = 4096;
-
 /// For the head of a request, and between two of them: idle and slow connections go.
-const HEAD_TIME_LIMIT: Duration = Duration::from_secs(10);
+pub const HEAD_TIME_LIMIT: Duration = Duration::from_secs(10);
+
+/// Likewise where places are few because descriptors are: what somebody holds and does not use is missing elsewhere.
+const SHORT_HEAD_TIME_LIMIT: Duration = Duration::from_secs(1);
+const FEW_PLACES: usize = 16;
 
 /// hyper's smallest. Heads beyond it get its 431.
 const BUFFER: usize = 8 * 1024;
@@ -49,7 +47,7 @@ const MAX_HEADERS: usize = 64;
 const MAX_LIFE: Duration = Duration::from_hours(1);
 const LAST_ANSWER: Duration = Duration::from_mins(10);
 
-/// When `accept` fails it is mostly for lack of descriptors: others have to end first.
+/// When `accept` fails, and no connection without a token can be ended for it.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// For answers under way when the process is done.
@@ -57,43 +55,52 @@ const DRAIN: Duration = Duration::from_millis(500);
 
 pub struct Server {
     places: Arc<Semaphore>,
+    all: usize,
     closing: watch::Sender<()>,
 }
 
 impl Server {
-    /// Serves in the background from now on.
-    pub fn start(listener: TcpListener, context: Arc<Context>) -> Self {
-        let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    /// Serves in the background from now on, this many connections at once; the task ends when it is drained.
+    pub fn start(
+        listeners: Listeners,
+        context: Arc<Context>,
+        all: usize,
+    ) -> (Self, JoinHandle<()>) {
+        let places = Arc::new(Semaphore::new(all));
         let closing = watch::Sender::new(());
-        tokio::spawn(accept(listener, context, places.clone(), closing.clone()));
-        Self { places, closing }
+        let quiet_limit = if all < FEW_PLACES {
+            SHORT_HEAD_TIME_LIMIT
+        } else {
+            HEAD_TIME_LIMIT
+        };
+        let accepting = accept(
+            listeners,
+            context,
+            places.clone(),
+            quiet_limit,
+            closing.clone(),
+        );
+        let server = Self {
+            places,
+            all,
+            closing,
+        };
+        (server, tokio::spawn(accepting))
     }
 
     /// Lets answers under way leave, within a moment.
     pub async fn drain(self) {
         self.closing.send_replace(());
-        let all = u32::try_from(MAX_CONNECTIONS).expect("is small");
+        let all = u32::try_from(self.all).expect("is small");
         let _ = timeout(DRAIN, self.places.acquire_many(all)).await;
     }
 }
 
-/// Binds the address of the API.
-pub fn listen(address: SocketAddr) -> io::Result<TcpListener> {
-    let socket = if address.is_ipv4() {
-        TcpSocket::new_v4()
-    } else {
-        TcpSocket::new_v6()
-    }?;
-    // The port of the one before, whose connections the kernel still remembers.
-    socket.set_reuseaddr(true)?;
-    socket.bind(address)?;
-    socket.listen(BACKLOG)
-}
-
 async fn accept(
-    listener: TcpListener,
+    listeners: Listeners,
     context: Arc<Context>,
     places: Arc<Semaphore>,
+    quiet_limit: Duration,
     closing: watch::Sender<()>,
 ) {
     let mut closed = closing.subscribe();
@@ -102,11 +109,11 @@ async fn accept(
     let mut batch = 0;
     loop {
         let accepted = tokio::select! {
-            accepted = listener.accept() => accepted,
+            accepted = listeners.accept() => accepted,
             _ = closed.changed() => return,
         };
         match accepted {
-            Ok((stream, _)) => {
+            Ok(stream) => {
                 if failures > 0 {
                     log!(Info, "connections are accepted again", failures = failures);
                     failures = 0;
@@ -125,6 +132,7 @@ async fn accept(
                     context.clone(),
                     closing.subscribe(),
                     stage.clone(),
+                    quiet_limit,
                     place,
                 );
                 taken.add(tokio::spawn(connection).abort_handle(), stage);
@@ -139,18 +147,29 @@ async fn accept(
                     log!(Error, "cannot accept a connection", reason = reason);
                 }
                 failures += 1;
-                sleep(ACCEPT_PAUSE).await;
+                if is_short(&error) && taken.shed_stranger() {
+                    // Its descriptor is free once its task has ended.
+                    yield_now().await;
+                } else {
+                    sleep(ACCEPT_PAUSE).await;
+                }
             }
         }
     }
 }
 
-/// One connection, to its end.
+/// Descriptors have run out, ours or the machine's.
+fn is_short(error: &std::io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE))
+}
+
+/// One connection, to its end. It may be without a request for as long as `quiet_limit`.
 pub async fn serve(
     stream: impl AsyncRead + AsyncWrite + Unpin,
     context: Arc<Context>,
     mut closing: watch::Receiver<()>,
     stage: Stage,
+    quiet_limit: Duration,
     _place: OwnedSemaphorePermit,
 ) {
     let service = service_fn(|request| {
@@ -165,10 +184,12 @@ pub async fn serve(
     let connection = http1::Builder::new()
         .max_buf_size(BUFFER)
         .max_headers(MAX_HEADERS)
+        // Who has sent all of a request may say so, and is answered.
+        .half_close(true)
         .serve_connection(Wire(TokioIo::new(stream)), service);
     let mut connection = std::pin::pin!(connection);
     // One timer that is set when it is due: hyper's own is set anew for each request.
-    let mut quiet = std::pin::pin!(sleep(HEAD_TIME_LIMIT));
+    let mut quiet = std::pin::pin!(sleep(quiet_limit));
     loop {
         tokio::select! {
             biased;
@@ -182,7 +203,7 @@ pub async fn serve(
         if now >= stage.opened() + MAX_LIFE {
             break;
         }
-        let limit = stage.quiet_since().unwrap_or(now) + HEAD_TIME_LIMIT;
+        let limit = stage.quiet_since().unwrap_or(now) + quiet_limit;
         if now >= limit {
             return;
         }
@@ -231,13 +252,26 @@ mod tests {
         let config = config.expect("the token is all that is needed");
         let (published, status) = watch::channel(Status::boot());
         let (events, _) = mpsc::unbounded_channel();
-        let context = Arc::new(Context::new(Arc::new(config), status, events));
+        let context = Arc::new(Context::new(
+            Arc::new(config),
+            status,
+            events,
+            MAX_CONNECTIONS,
+        ));
         let place = Arc::new(Semaphore::new(1)).try_acquire_owned();
         let place = place.expect("nobody else takes it");
         let (client, server) = duplex(room);
         let (closing, closed) = watch::channel(());
         tokio::spawn(async move {
-            serve(server, context, closed, Stage::new(), place).await;
+            serve(
+                server,
+                context,
+                closed,
+                Stage::new(),
+                HEAD_TIME_LIMIT,
+                place,
+            )
+            .await;
             drop((published, closing));
         });
         client
