@@ -12,9 +12,9 @@ use crate::log::log;
 /// Enough for every connection and for all that PID 1 does at once.
 const WANTED: rlim_t = 1024;
 
-/// Kept from connections: the pipes of gateway and agent (5), the start of another program (9), a call to the gateway and a
+/// Kept from connections: the pipes of gateway and agent (5), the start of another program (6), a call to the gateway and a
 /// probe (2), a look through `/proc` (3), and one.
-const RESERVE: usize = 20;
+const RESERVE: usize = 17;
 
 /// Open before the first connection, where that cannot be counted.
 const OPEN: usize = 16;

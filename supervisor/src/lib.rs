@@ -318,12 +318,14 @@ mod tests {
             until_over(owner, idle(), idle(), idle()).await,
             Err("owner")
         );
-        for is_saved in [true, false] {
-            let owner = tokio::spawn(async move { is_saved });
-            assert_eq!(
-                until_over(owner, idle(), idle(), idle()).await,
-                Ok(is_saved)
-            );
+        for is_well in [true, false] {
+            let ended = Ended {
+                is_saved: true,
+                is_well,
+            };
+            let owner = tokio::spawn(async move { ended });
+            let result = until_over(owner, idle(), idle(), idle()).await;
+            assert_eq!(result, Ok(ended));
         }
     }
 }

@@ -48,12 +48,12 @@ type Children = HashMap<i32, (Side, oneshot::Sender<Exit>)>;
 pub struct Reaper(Arc<Mutex<Children>>);
 
 impl Reaper {
-    /// Starts a program. Its exit comes through the receiver, once; whether it was executed is told by `ParentEnds::start`.
+    /// Starts a program. Its exit comes through the receiver, once; what comes through the other ends is told in `spawn`.
     ///
     /// # Errors
     /// No descriptor or no process is left.
     pub fn spawn(&self, program: &Program, side: Side) -> io::Result<(Child, ParentEnds)> {
-        let (ends, child_ends) = pipes()?;
+        let (ends, child_ends) = pipes(side)?;
         let child = self.fork(side, program.child(child_ends))?;
         Ok((child, ends))
     }

@@ -1,33 +1,34 @@
-//! Signals become bytes on sockets: the handlers do nothing else, and nothing is lost between boot and the event loop.
+//! Signals become counts in eventfds: the handlers do nothing else, and nothing is lost between boot and the event loop.
 //!
 //! SIGHUP is caught and ignored: it tells daemons to read their settings again, and ours are fixed at exec. (Caught, not
 //! set to ignore: children would inherit that.)
 
 use std::io;
-use std::os::fd::IntoRawFd as _;
-use std::os::unix::net::UnixStream;
+use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::sync::Arc;
 
 use nix::sys::signal::SigSet;
+use rustix::event::{EventfdFlags, eventfd};
 use signal_hook::consts::{SIGCHLD, SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 use signal_hook::{flag, low_level};
-use tokio::io::AsyncReadExt as _;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 
 /// How service managers and container engines say "stop": SIGQUIT where an image asks for it (`STOPSIGNAL`), SIGPWR by LXC,
 /// SIGRTMIN+3 by Podman and nspawn. That one counts from 34 whatever the C library (signal(7)): it is sent from outside.
 const TERMINATION: [i32; 5] = [SIGTERM, SIGINT, SIGQUIT, libc::SIGPWR, 34 + 3];
 
-/// The reading ends, ready before anything else is.
+/// The counters, ready before anything else is.
 pub struct Signals {
-    children: UnixStream,
-    termination: UnixStream,
+    children: &'static OwnedFd,
+    termination: &'static OwnedFd,
 }
 
 impl Signals {
     /// To be called first in `main`.
     pub fn register() -> io::Result<Self> {
-        let children = woken_by(&[SIGCHLD])?;
-        let termination = woken_by(&TERMINATION)?;
+        let children = counted(&[SIGCHLD])?;
+        let termination = counted(&TERMINATION)?;
         flag::register(SIGHUP, Arc::default())?;
         // Whoever started us may have blocked them, and a mask survives exec.
         SigSet::empty().thread_set_mask()?;
@@ -40,44 +41,43 @@ impl Signals {
     /// SIGCHLD, and the signals that ask us to stop.
     pub fn listen(self) -> io::Result<(Wakeups, Wakeups)> {
         Ok((
-            Wakeups::new(self.children)?,
-            Wakeups::new(self.termination)?,
+            Wakeups(AsyncFd::register(self.children)?),
+            Wakeups(AsyncFd::register(self.termination)?),
         ))
     }
 }
 
-/// The reading end of a socket into which each of these signals writes a byte. All of them have one descriptor.
+/// Counts these signals (eventfd(2)): unlike a pipe it takes one descriptor, and is never full.
 #[allow(unsafe_code)]
-fn woken_by(signals: &[i32]) -> io::Result<UnixStream> {
-    let (reading, writing) = UnixStream::pair()?;
-    // The handlers have it for ever.
-    let writing = writing.into_raw_fd();
+fn counted(signals: &[i32]) -> io::Result<&'static OwnedFd> {
+    static ONE: u64 = 1;
+
+    let counter = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+    // Never closed: the handlers have it for ever.
+    let counter: &'static OwnedFd = Box::leak(Box::new(counter));
+    let descriptor = counter.as_raw_fd();
     for signal in signals {
-        let send = move || {
-            // SAFETY: sends a byte of static memory to a descriptor that is never closed. A socket that is full has others.
-            unsafe { libc::send(writing, b"x".as_ptr().cast(), 1, libc::MSG_DONTWAIT) };
+        let count = move || {
+            // SAFETY: reads eight bytes of static memory; the descriptor stays open.
+            unsafe { libc::write(descriptor, (&raw const ONE).cast(), size_of_val(&ONE)) };
         };
         // SAFETY: the action makes one system call, which is safe in a handler (signal-safety(7)), and nothing else.
-        unsafe { low_level::register(*signal, send) }?;
+        unsafe { low_level::register(*signal, count) }?;
     }
-    Ok(reading)
+    Ok(counter)
 }
 
-pub struct Wakeups(tokio::net::UnixStream);
+pub struct Wakeups(AsyncFd<&'static OwnedFd>);
 
 impl Wakeups {
-    fn new(stream: UnixStream) -> io::Result<Self> {
-        stream.set_nonblocking(true)?;
-        tokio::net::UnixStream::from_std(stream).map(Self)
-    }
-
     /// Waits for a signal and says how many came. Signals of one kind merge in the kernel, so "at least" is meant.
-    pub async fn next(&mut self) -> usize {
-        let mut bytes = [0; 64];
-        match self.0.read(&mut bytes).await {
-            Ok(count) if count > 0 => count,
-            // The writing end lives in the handler, for ever; were it ever lost, waiting is better than a hot loop.
-            _ => std::future::pending().await,
+    pub async fn next(&mut self) -> u64 {
+        let mut count = [0; size_of::<u64>()];
+        let read = |counter: &&OwnedFd| Ok(rustix::io::read(*counter, &mut count)?);
+        match self.0.async_io(Interest::READABLE, read).await {
+            Ok(_) => u64::from_ne_bytes(count),
+            // It cannot fail; were it ever to, waiting is better than a hot loop.
+            Err(_) => std::future::pending().await,
         }
     }
 }

@@ -4,7 +4,7 @@
 
 use std::ffi::{CString, OsStr, OsString};
 use std::io;
-use std::os::fd::{AsRawFd as _, OwnedFd, RawFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt as _;
 use std::ptr;
 
@@ -17,6 +17,7 @@ use tokio::io::AsyncReadExt as _;
 use tokio::net::unix::pipe;
 
 use crate::descriptors;
+use crate::reaper::Side;
 
 /// SIGRTMAX of Linux.
 const LAST_SIGNAL: c_int = 64;
@@ -48,14 +49,16 @@ pub struct Failure {
 pub struct ChildEnds {
     stdout: OwnedFd,
     stderr: OwnedFd,
-    failure: OwnedFd,
+    /// Where a failure is written; without it, to standard output.
+    failure: Option<OwnedFd>,
 }
 
 /// The ends that we keep.
 pub struct ParentEnds {
     pub stdout: pipe::Receiver,
     pub stderr: pipe::Receiver,
-    pub start: Start,
+    /// For the gateway's side only: whose standard output is an answer to us has it there (`Failure::read`).
+    pub start: Option<Start>,
 }
 
 /// Tells whether the process has become its program.
@@ -66,37 +69,49 @@ impl Start {
     pub async fn result(mut self) -> Result<(), Failure> {
         let mut record = [0; Failure::SIZE];
         match self.0.read_exact(&mut record).await {
-            Ok(_) => Err(Failure::decode(record)),
+            Ok(_) => Failure::read(&record).map_or(Ok(()), Err),
             Err(_) => Ok(()),
         }
     }
 }
 
 impl Failure {
-    const SIZE: usize = 5;
+    const SIZE: usize = 6;
+    /// No text begins with it.
+    const MARK: u8 = 0xff;
 
     fn encode(self) -> [u8; Self::SIZE] {
         let [a, b, c, d] = (self.error as i32).to_ne_bytes();
-        [self.step, a, b, c, d]
+        [Self::MARK, self.step, a, b, c, d]
     }
 
-    fn decode([step, a, b, c, d]: [u8; Self::SIZE]) -> Self {
-        let error = Errno::from_raw(i32::from_ne_bytes([a, b, c, d]));
-        Self { step, error }
+    /// What a process that did not become its program has written.
+    pub fn read(written: &[u8]) -> Option<Self> {
+        let [Self::MARK, step, error @ ..] = written.first_chunk::<{ Self::SIZE }>()? else {
+            return None;
+        };
+        let error = Errno::from_raw(i32::from_ne_bytes(*error));
+        Some(Self { step: *step, error })
     }
 }
 
 /// # Errors
 /// No descriptor is left.
-pub fn pipes() -> io::Result<(ParentEnds, ChildEnds)> {
+pub fn pipes(side: Side) -> io::Result<(ParentEnds, ChildEnds)> {
     let pipe = || pipe2(OFlag::O_CLOEXEC);
-    let ((stdout, child_stdout), (stderr, child_stderr), (start, failure)) =
-        (pipe()?, pipe()?, pipe()?);
     let receiver = pipe::Receiver::from_owned_fd;
+    let ((stdout, child_stdout), (stderr, child_stderr)) = (pipe()?, pipe()?);
+    let (start, failure) = match side {
+        Side::Gateway => {
+            let (start, failure) = pipe()?;
+            (Some(Start(receiver(start)?)), Some(failure))
+        }
+        Side::Runtime => (None, None),
+    };
     let parent = ParentEnds {
         stdout: receiver(stdout)?,
         stderr: receiver(stderr)?,
-        start: Start(receiver(start)?),
+        start,
     };
     let child = ChildEnds {
         stdout: child_stdout,
@@ -152,7 +167,8 @@ impl Program {
                 }
                 Err(error) => error,
             };
-            let _ = write(&ends.failure, &Failure { step, error }.encode());
+            let to = ends.failure.as_ref().unwrap_or(&ends.stdout);
+            let _ = write(to, &Failure { step, error }.encode());
             // As a shell reports it.
             if step == EXEC && error == Errno::ENOENT {
                 127
@@ -169,7 +185,7 @@ impl Program {
         dup2_stdout(&ends.stdout)?;
         dup2_stderr(&ends.stderr)?;
         (self.setup)(step)?;
-        close_descriptors(ends.failure.as_raw_fd());
+        close_descriptors();
         // The fork has blocked them all.
         SigSet::empty().thread_swap_mask(SigmaskHow::SIG_SETMASK)?;
         Ok(())
@@ -229,7 +245,7 @@ fn reset_signals() {
 
 /// At exec, all but standard input, output and error. Ours are marked already; this is for those that we were started with.
 #[allow(unsafe_code)]
-fn close_descriptors(last_opened: RawFd) {
+fn close_descriptors() {
     const FIRST: c_int = 3;
     // SAFETY: no memory is passed.
     let is_done = unsafe {
@@ -242,7 +258,7 @@ fn close_descriptors(last_opened: RawFd) {
     } == 0;
     if !is_done {
         // Kernels before 5.11 and some sandboxes: one by one, as far as anyone opens descriptors before exec.
-        for descriptor in FIRST..last_opened.max(1024) {
+        for descriptor in FIRST..1024 {
             // SAFETY: on a descriptor that is not open this fails and changes nothing.
             unsafe { libc::fcntl(descriptor, libc::F_SETFD, libc::FD_CLOEXEC) };
         }

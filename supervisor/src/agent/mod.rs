@@ -24,7 +24,7 @@ use tokio::time::{Instant, sleep_until, timeout};
 use crate::config::Config;
 use crate::log::{self, Relay, Source, log};
 use crate::reaper::{Child, Exit, Reaper, Side};
-use crate::spawn::{ParentEnds, Program};
+use crate::spawn::{self, ParentEnds, Program};
 use outcome::judge;
 pub use outcome::{Failure, Outcome, code};
 pub use report::Report;
@@ -221,13 +221,13 @@ async fn attend(
         });
         return Err(Failure::stuck(child.pid));
     };
-    if let Err(failure) = ends.start.result().await {
-        return Err(not_executed(failure.error.desc()));
-    }
     // The pipes may outlive the agent when something of its own holds them; its answer does not.
     let text = timeout(Duration::from_secs(1), reading).await;
     let text = text.ok().and_then(Result::ok).unwrap_or_default();
     relay.finish(Duration::from_secs(1)).await;
+    if let Some(failure) = spawn::Failure::read(&text) {
+        return Err(not_executed(failure.error.desc()));
+    }
     judge(exit, is_late, &text)
 }
 

@@ -118,7 +118,10 @@ impl Owner {
         let events = self.events.clone();
         let program = program.to_owned();
         tokio::spawn(async move {
-            let failure = ends.start.result().await.err();
+            let failure = match ends.start {
+                Some(start) => start.result().await.err(),
+                None => None,
+            };
             if failure.is_none() {
                 log!(Info, "started", pid = pid.as_raw(), is_gateway = is_gateway);
             }
