@@ -4,7 +4,7 @@
 //! set to ignore: children would inherit that.)
 
 use std::io;
-use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use nix::sys::signal::SigSet;
@@ -20,8 +20,8 @@ const TERMINATION: [i32; 5] = [SIGTERM, SIGINT, SIGQUIT, libc::SIGPWR, 34 + 3];
 
 /// The counters, ready before anything else is.
 pub struct Signals {
-    children: &'static OwnedFd,
-    termination: &'static OwnedFd,
+    children: BorrowedFd<'static>,
+    termination: BorrowedFd<'static>,
 }
 
 impl Signals {
@@ -41,20 +41,21 @@ impl Signals {
     /// SIGCHLD, and the signals that ask us to stop.
     pub fn listen(self) -> io::Result<(Wakeups, Wakeups)> {
         Ok((
-            Wakeups(AsyncFd::register(self.children)?),
-            Wakeups(AsyncFd::register(self.termination)?),
+            Wakeups::new(self.children)?,
+            Wakeups::new(self.termination)?,
         ))
     }
 }
 
 /// Counts these signals (eventfd(2)): unlike a pipe it takes one descriptor, and is never full.
 #[allow(unsafe_code)]
-fn counted(signals: &[i32]) -> io::Result<&'static OwnedFd> {
+fn counted(signals: &[i32]) -> io::Result<BorrowedFd<'static>> {
     static ONE: u64 = 1;
 
     let counter = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
     // Never closed: the handlers have it for ever.
     let counter: &'static OwnedFd = Box::leak(Box::new(counter));
+    let counter = counter.as_fd();
     let descriptor = counter.as_raw_fd();
     for signal in signals {
         let count = move || {
@@ -67,13 +68,20 @@ fn counted(signals: &[i32]) -> io::Result<&'static OwnedFd> {
     Ok(counter)
 }
 
-pub struct Wakeups(AsyncFd<&'static OwnedFd>);
+pub struct Wakeups(AsyncFd<BorrowedFd<'static>>);
 
 impl Wakeups {
+    #[allow(unsafe_code)]
+    fn new(counter: BorrowedFd<'static>) -> io::Result<Self> {
+        // SAFETY: the descriptor is never closed.
+        let counter = unsafe { AsyncFd::register(counter) }?;
+        Ok(Self(counter))
+    }
+
     /// Waits for a signal and says how many came. Signals of one kind merge in the kernel, so "at least" is meant.
     pub async fn next(&mut self) -> u64 {
         let mut count = [0; size_of::<u64>()];
-        let read = |counter: &&OwnedFd| Ok(rustix::io::read(*counter, &mut count)?);
+        let read = |counter: &BorrowedFd| Ok(rustix::io::read(*counter, &mut count)?);
         match self.0.async_io(Interest::READABLE, read).await {
             Ok(_) => u64::from_ne_bytes(count),
             // It cannot fail; were it ever to, waiting is better than a hot loop.
