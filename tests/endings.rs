@@ -61,7 +61,6 @@ fn last_exit(supervisor: &Supervisor, reason: &str) -> Value {
 #[test]
 fn a_root_on_a_disk_that_hangs_is_a_failed_start_and_the_api_answers() {
     let setup = Setup::new().with("RUNTIME_STOP_GRACE", "100ms");
-    fs::create_dir(setup.root()).expect("can make a folder");
     let Some(disk) = hung::disk(&setup.root(), 0) else {
         return;
     };
@@ -84,7 +83,6 @@ fn a_program_on_a_disk_that_hangs_does_not_hold_up_the_api_or_the_end() {
         .with("RUNTIME_STARTUP_TIMEOUT", "1s")
         .with("RUNTIME_STOP_GRACE", "100ms");
     let folder = setup.folder.path().join("programs");
-    fs::create_dir(&folder).expect("can make a folder");
     let Some(disk) = hung::disk(&folder, 0) else {
         return;
     };
@@ -109,7 +107,6 @@ fn a_program_on_a_disk_that_hangs_does_not_hold_up_the_api_or_the_end() {
 fn an_agent_that_cannot_be_killed_is_given_up_and_is_the_only_one() {
     let setup = Setup::new();
     let folder = setup.folder.path().join("disk");
-    fs::create_dir(&folder).expect("can make a folder");
     let Some(disk) = hung::disk(&folder, 0) else {
         return;
     };

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use e2e::greedy::{COMPRESSED, CONTINUATION, Greedy, LAST, PING, Peer, TEXT, frame};
 use e2e::http::{self, Response};
-use e2e::mount::hung;
+use e2e::hung;
 use e2e::supervisor::{Setup, TOKEN};
 use e2e::wait::until;
 use serde_json::{Value, json};
@@ -394,17 +394,22 @@ fn a_configuration_of_small_arrays_costs_nothing() {
 fn a_configuration_on_a_disk_that_hangs_fails_the_call_and_nothing_else() {
     let greedy = Greedy::start(Setup::new());
     let folder = greedy.supervisor.setup.root().join(".openclaw");
-    let Some(disk) = hung(&folder) else {
+    let Some(disk) = hung::disk(&folder, 0) else {
         return;
     };
+    disk.hang();
+    let threads = || {
+        let threads = fs::read_dir(format!("/proc/{}/task", greedy.supervisor.pid()));
+        threads.expect("it runs").count()
+    };
+    let before = threads();
     greedy.answer("{}");
     for _ in 0..3 {
         let answer = asked(&greedy, "GET", "/v1/devices");
         assert_fails("hung", &answer, "cannot read the token");
     }
     // Each of these waits on a thread of its own if anything does.
-    let threads = fs::read_dir(format!("/proc/{}/task", greedy.supervisor.pid()));
-    assert_eq!(threads.expect("it runs").count(), 2);
+    assert_eq!(threads(), before + 1);
     drop(disk);
     until("the disk's answer", || {
         greedy.supervisor.get("/v1/devices").status == 200
@@ -415,9 +420,10 @@ fn a_configuration_on_a_disk_that_hangs_fails_the_call_and_nothing_else() {
 fn a_gateway_whose_lock_hangs_is_still_stopped() {
     let mut greedy = Greedy::start(Setup::new());
     let folder = greedy.supervisor.setup.root().join(".openclaw");
-    let Some(_disk) = hung(&folder) else {
+    let Some(disk) = hung::disk(&folder, 0) else {
         return;
     };
+    disk.hang();
     assert_eq!(greedy.supervisor.stop(), Some(0));
 }
 

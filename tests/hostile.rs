@@ -272,7 +272,7 @@ fn names_of_any_bytes_come_back_and_say_nothing_to_a_terminal() {
 /// Makes directories in each other, each with a file, and gives the descriptor of the last.
 fn deep(root: &Path, name: &OsStr, levels: usize) -> OwnedFd {
     let name = CString::new(name.as_bytes()).expect("it has no NUL");
-    let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW;
+    let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let mut fd = rustix::fs::open(root, flags, Mode::empty()).expect("it is there");
     for _ in 0..levels {
         rustix::fs::mkdirat(&fd, &name, Mode::RWXU).expect("can make a directory");
@@ -315,7 +315,7 @@ fn ten_thousand_levels_cost_what_is_below_a_paths_length_and_nothing_else() {
         assert_eq!(host.leftovers(), [""; 0]);
         let levels = 4096 / (name.len() + 1);
         let mut path = host.root.clone();
-        let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW;
+        let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let mut fd = rustix::fs::open(&path, flags, Mode::empty()).expect("it is there");
         let mut depth = 0;
         while let Ok(inner) = rustix::fs::openat(&fd, name, flags, Mode::empty()) {

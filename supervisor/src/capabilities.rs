@@ -14,8 +14,9 @@ const NEEDED: [(u32, &str, &str); 7] = [
 
 /// The capabilities that this process lacks, and what will fail, each once.
 pub fn missing() -> Option<(Vec<&'static str>, Vec<&'static str>)> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let (names, mut failing) = judge(effective(&status)?);
+    // The name of a program need not be UTF-8.
+    let status = std::fs::read("/proc/self/status").ok()?;
+    let (names, mut failing) = judge(effective(&String::from_utf8_lossy(&status))?);
     failing.dedup();
     (!names.is_empty()).then_some((names, failing))
 }

@@ -53,8 +53,9 @@ pub struct Kills {
 
 impl Kills {
     pub fn new() -> Self {
-        let groups = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
-        let mut paths = candidates(&groups).into_iter();
+        // The name of a group need not be UTF-8.
+        let groups = fs::read("/proc/self/cgroup").unwrap_or_default();
+        let mut paths = candidates(&String::from_utf8_lossy(&groups)).into_iter();
         Self {
             counter: paths.find(|path| read(path).is_some()),
             before: 0,

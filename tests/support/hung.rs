@@ -34,6 +34,7 @@ pub struct HungDisk {
 
 /// Mounts it, answering, with a top folder that belongs to this user. `None`, with a word about it, where that is not possible.
 pub fn disk(at: &Path, owner: u32) -> Option<HungDisk> {
+    std::fs::create_dir_all(at).expect("can make a folder");
     let device = OpenOptions::new().read(true).write(true).open("/dev/fuse");
     let mounted = device.and_then(|device| {
         let options = format!(

@@ -57,8 +57,9 @@ pub fn users(root: &Path) -> Users {
 fn callers() -> Vec<Pid> {
     let mut callers = vec![getppid()];
     while let Some(last) = callers.last()
-        && let Ok(stat) = fs::read_to_string(format!("/proc/{last}/stat"))
-        && let Some((_, rest)) = stat.rsplit_once(')')
+        && let Ok(stat) = fs::read(format!("/proc/{last}/stat"))
+        // The name of a program need not be UTF-8.
+        && let Some((_, rest)) = String::from_utf8_lossy(&stat).rsplit_once(')')
         && let Some(parent) = rest.split_whitespace().nth(1)
         && let Ok(parent) = parent.parse::<i32>()
         && parent > 1

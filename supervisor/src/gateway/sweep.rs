@@ -19,16 +19,20 @@ use nix::unistd::{Pid, Uid, geteuid, setuid};
 use tokio::time::{Instant, sleep, timeout};
 
 use super::process_table::{children, marked, of_user};
+use crate::blocking;
 use crate::log::log;
 use crate::reaper::{Exit, Reaper, Side};
 
 /// Between rounds of killing. A process needs a moment to die, a forking one must not get many.
 const PAUSE: Duration = Duration::from_millis(2);
-const MAX_PAUSE: Duration = Duration::from_millis(100);
+const MAX_PAUSE: Duration = Duration::from_secs(1);
 
 /// Something that SIGKILL does not end within this hangs in the kernel: worth a line, then further ones at twice the distance.
 const STUCK_AFTER: Duration = Duration::from_secs(5);
 const MAX_REPORT_PAUSE: Duration = Duration::from_mins(5);
+
+/// For a look at the environment of every process.
+const LOOK_TIME_LIMIT: Duration = Duration::from_secs(1);
 
 /// To fork, change the user and kill takes microseconds. What is killed last may have stopped us before.
 const STRIKE_TIME_LIMIT: Duration = Duration::from_secs(1);
@@ -52,8 +56,10 @@ pub async fn sweep(belongs: &Belongs, reaper: &Reaper, tell: impl Fn(Vec<Pid>)) 
     let begun = Instant::now();
     let mut pause = PAUSE;
     let mut report_after = STUCK_AFTER;
+    let mut is_first = true;
     loop {
-        let left = kill_all(belongs, reaper).await;
+        let left = kill_all(belongs, reaper, is_first).await;
+        is_first = false;
         if left.as_ref().is_ok_and(Vec::is_empty) {
             return;
         }
@@ -92,12 +98,15 @@ pub fn named(pids: &[Pid]) -> Vec<i32> {
 }
 
 /// Kills what there is and returns what was there, at most a moment ago. After none, none will be.
-async fn kill_all(belongs: &Belongs, reaper: &Reaper) -> io::Result<Vec<Pid>> {
+async fn kill_all(belongs: &Belongs, reaper: &Reaper, is_first: bool) -> io::Result<Vec<Pid>> {
     match belongs {
-        Belongs::ToUser(user) => kill_user(*user, reaper).await,
+        Belongs::ToUser(user) => kill_user(*user, reaper, is_first).await,
         Belongs::ByDescent => Ok(reaper.kill_gateways(children()?)),
         Belongs::ByEnvironment(root) => {
-            let left = marked(geteuid(), root)?;
+            let root = root.clone();
+            // The kernel may wait for a process before it shows its environment.
+            let left = move || marked(geteuid(), &root);
+            let left = blocking::within(LOOK_TIME_LIMIT, left).await??;
             for pid in &left {
                 let _ = kill(*pid, Signal::SIGKILL);
             }
@@ -106,13 +115,14 @@ async fn kill_all(belongs: &Belongs, reaper: &Reaper) -> io::Result<Vec<Pid>> {
     }
 }
 
-async fn kill_user(user: Uid, reaper: &Reaper) -> io::Result<Vec<Pid>> {
+async fn kill_user(user: Uid, reaper: &Reaper, is_first: bool) -> io::Result<Vec<Pid>> {
     let struck = strike(user, reaper).await;
     let (left, unread) = of_user(user)?;
-    if !unread.is_empty() {
+    // Once a sweep.
+    if is_first && !unread.is_empty() {
         log!(
-            Debug,
-            "cannot look at processes of others",
+            Warn,
+            "cannot look at processes: they are not taken for the gateway's",
             pids = named(&unread)
         );
     }

@@ -365,7 +365,9 @@ impl Owner {
             ));
         }
         self.step(state::Event::Restart);
-        let is_under_way = matches!(self.state.phase, Phase::Starting { .. });
+        // A start counts from when there is a process.
+        let is_under_way =
+            matches!(self.state.phase, Phase::Starting { .. }) && self.process.is_some();
         Ok(if is_under_way {
             self.starts
         } else {
