@@ -144,18 +144,25 @@ pub struct Unstarted {
     pub code: i32,
     /// Which of our settings is to blame, if any.
     pub setting: Option<&'static str>,
-    /// What could not be done and why, a sentence.
+    /// What could not be done, as the rest of a sentence that begins with "cannot".
+    pub failed: String,
     pub reason: String,
 }
 
 impl Unstarted {
+    /// A sentence.
+    pub fn message(&self) -> String {
+        format!("cannot {}: {}", self.failed, self.reason)
+    }
+
     /// Before there was a process.
     pub fn without_process(program: &OsStr, error: &io::Error) -> Self {
         let program = program.to_string_lossy();
         Self {
             code: CANNOT_EXECUTE,
             setting: None,
-            reason: format!("cannot make a process for {program}: {error}"),
+            failed: format!("make a process for {program}"),
+            reason: error.to_string(),
         }
     }
 
@@ -226,7 +233,8 @@ impl Unstarted {
         Self {
             code,
             setting,
-            reason: format!("cannot {what}: {}", error.desc()),
+            failed: what,
+            reason: error.desc().to_owned(),
         }
     }
 }
@@ -394,11 +402,11 @@ mod tests {
             let failure = Failure { step, error };
             let root = Path::new("/data");
             let found = Unstarted::explained(&limits, "ada", root, "gateway", failure);
-            let reason = format!("cannot {what}: {}", error.desc());
             let expected = Unstarted {
                 code,
                 setting,
-                reason,
+                failed: what.to_owned(),
+                reason: error.desc().to_owned(),
             };
             assert_eq!(found, expected);
         }

@@ -72,7 +72,8 @@ pub fn is_empty(root: &Path) -> bool {
 pub enum Fault {
     /// It is not the directory that it was: only a restore helps.
     Lost(&'static str),
-    Absent,
+    /// It could not be made, and why.
+    Absent(Option<io::Error>),
     Unreadable(io::Error),
 }
 
@@ -90,7 +91,7 @@ pub fn ready(
     match (identify(root).map_err(Fault::Unreadable)?, known) {
         (Some(found), None) => Ok((found, problem)),
         (Some(found), Some(known)) if known.is_same(&found) => Ok((found, None)),
-        (None, None) => Err(problem.map_or(Fault::Absent, Fault::Unreadable)),
+        (None, None) => Err(Fault::Absent(problem)),
         (None, Some(_)) => Err(Fault::Lost(
             "it is not there: it was removed, or its volume is detached",
         )),

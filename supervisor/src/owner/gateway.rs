@@ -13,7 +13,7 @@ use super::{Event, Owner};
 use crate::api::envelope::Problem;
 use crate::blocking;
 use crate::config::Config;
-use crate::gateway::process::{Unstarted, command};
+use crate::gateway::process::{CANNOT_EXECUTE, NOT_FOUND, Unstarted, command};
 use crate::gateway::root::{Fault, Identity};
 use crate::gateway::rpc::{Call, Size};
 use crate::gateway::state::{self, Phase, State, Swept, Then};
@@ -60,9 +60,10 @@ impl Owner {
             return;
         }
         let root = self.config.root.display();
-        let unusable = |reason: String, code| Unstarted {
+        let unusable = |verb: &str, reason: String, code| Unstarted {
             code,
             setting: Some("RUNTIME_ROOT"),
+            failed: format!("{verb} the root {root}"),
             reason,
         };
         let event = match look {
@@ -78,14 +79,19 @@ impl Owner {
                 self.lose_root(reason);
                 Some(state::Event::RootLost)
             }
-            Err(Fault::Absent) => {
-                let reason = format!("cannot make the root {root}");
-                Some(self.not_started(is_gateway, unusable(reason, 127)))
+            Err(Fault::Absent(problem)) => {
+                let reason = problem.map_or("it is gone again".to_owned(), |why| why.to_string());
+                log!(
+                    Error,
+                    "the root cannot be made ready",
+                    reason = reason.as_str()
+                );
+                Some(self.not_started(is_gateway, &unusable("make", reason, NOT_FOUND)))
             }
             Err(Fault::Unreadable(error)) => {
-                log!(Error, "cannot look at the root", reason = error.to_string());
-                let reason = format!("cannot look at the root {root}: {error}");
-                Some(self.not_started(is_gateway, unusable(reason, 126)))
+                let reason = error.to_string();
+                log!(Error, "cannot look at the root", reason = reason.as_str());
+                Some(self.not_started(is_gateway, &unusable("look at", reason, CANNOT_EXECUTE)))
             }
         };
         if let Some(event) = event {
@@ -110,7 +116,7 @@ impl Owner {
             Ok(started) => started,
             Err(error) => {
                 let unstarted = Unstarted::without_process(program, &error);
-                return Some(self.not_started(is_gateway, unstarted));
+                return Some(self.not_started(is_gateway, &unstarted));
             }
         };
         let pid = child.pid;
@@ -146,22 +152,23 @@ impl Owner {
     }
 
     /// Notes an end without a beginning.
-    fn not_started(&mut self, is_gateway: bool, unstarted: Unstarted) -> state::Event {
+    fn not_started(&mut self, is_gateway: bool, unstarted: &Unstarted) -> state::Event {
         let code = Some(unstarted.code);
         let exit = Exit { code, signal: None };
         self.note_unstarted(is_gateway, exit, unstarted);
         state::Event::Exited(code)
     }
 
-    fn note_unstarted(&mut self, is_gateway: bool, exit: Exit, unstarted: Unstarted) {
+    fn note_unstarted(&mut self, is_gateway: bool, exit: Exit, unstarted: &Unstarted) {
         log!(
             Error,
             "cannot start the program",
-            reason = unstarted.reason.as_str(),
+            failed = unstarted.failed.as_str(),
             setting = unstarted.setting,
+            reason = unstarted.reason.as_str(),
             is_gateway = is_gateway,
         );
-        let message = Some(unstarted.reason);
+        let message = Some(unstarted.message());
         self.status.last_exit = Some(LastExit::now(exit, Some(ExitReason::Exec), message));
     }
 
@@ -190,7 +197,7 @@ impl Owner {
         let ending = self.ending.take();
         self.has_run |= unstarted.is_none();
         if let Some(unstarted) = unstarted {
-            self.note_unstarted(process.is_gateway, exit, unstarted);
+            self.note_unstarted(process.is_gateway, exit, &unstarted);
         } else {
             let (reason, message) = match ending {
                 _ if is_oom => (Some(ExitReason::Oom), None),
