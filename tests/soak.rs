@@ -6,7 +6,6 @@
 use std::fs;
 use std::time::Duration;
 
-use e2e::http;
 use e2e::supervisor::{Setup, Supervisor};
 
 /// README.md promises it.
@@ -42,8 +41,7 @@ fn live(supervisor: &Supervisor, requests: usize, restarts: usize) {
     }
     for _ in 0..restarts {
         let starts = supervisor.setup.starts().len();
-        // It exits by itself, as the real one does for a fresh process.
-        let _ = http::raw(supervisor.setup.gateway, b"GET /exit/0 HTTP/1.1\r\n\r\n");
+        assert_eq!(supervisor.post("/v1/restart").status, 202);
         supervisor.until_running(starts + 1);
     }
 }

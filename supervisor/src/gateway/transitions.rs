@@ -14,7 +14,7 @@ use crate::clock::Moment;
 const STABLE_AFTER: Duration = Duration::from_mins(1);
 
 /// A clean exit sooner than this after readiness is early. So many in a row may be changes of its configuration; each further one
-/// counts as a crash.
+/// waits.
 const EARLY: Duration = Duration::from_secs(10);
 const MAX_EARLY: u32 = 3;
 
@@ -89,7 +89,6 @@ pub fn next(
             let is_early = now.saturating_sub(since) < EARLY;
             let early_exits = if is_early { state.early_exits + 1 } else { 0 };
             let is_loop = early_exits > MAX_EARLY;
-            let early_exits = early_exits.min(MAX_EARLY);
             let (swept, action) = sweep(if is_loop { Then::Wait } else { Then::Start });
             (
                 State {
@@ -104,13 +103,29 @@ pub fn next(
         }
         (Phase::Running { .. }, Event::Exited(_)) if is_stable(state.phase, now) => {
             let (swept, action) = sweep(Then::Wait);
-            let failures = 0;
-            (State { failures, ..swept }, action)
+            (
+                State {
+                    failures: 0,
+                    early_exits: 0,
+                    ..swept
+                },
+                action,
+            )
         }
         (
             Phase::Preparing { .. } | Phase::Starting { .. } | Phase::Running { .. },
             Event::Exited(_),
-        ) => sweep(Then::Wait),
+        ) => {
+            let (swept, action) = sweep(Then::Wait);
+            let early_exits = 0;
+            (
+                State {
+                    early_exits,
+                    ..swept
+                },
+                action,
+            )
+        }
         (Phase::Preparing { until } | Phase::Starting { until }, Event::Tick) if now >= until => {
             stop(Then::Wait, Action::Terminate)
         }
@@ -283,6 +298,12 @@ fn swept(
 ) -> (State, Option<Action>) {
     match then {
         Then::Start => start(state, now, policy),
+        Then::Wait if state.early_exits > MAX_EARLY => {
+            let wait = backoff::FRESH.delay(state.early_exits - MAX_EARLY, jitter);
+            let until = now + wait;
+            let phase = Phase::Backoff { until };
+            (State { phase, ..state }, None)
+        }
         Then::Wait => {
             let failures = state.failures.saturating_add(1);
             let until = now + backoff::RESTART.delay(failures, jitter);

@@ -270,7 +270,7 @@ fn early_clean_exits_wait_from_the_fourth_one_on() {
         state = leave(ready(state, at(991)));
         assert_eq!(state.phase, STARTING);
     }
-    for milliseconds in [250, 500, 1000] {
+    for milliseconds in [250, 500, 1000, 2000, 4000, 5000, 5000] {
         state = leave(ready(state, at(991)));
         let until = NOW + Duration::from_millis(milliseconds);
         assert_eq!(state.phase, Phase::Backoff { until });
