@@ -283,8 +283,8 @@ fn a_disk_that_was_full_has_the_lines_that_came_after_and_how_much_is_missing() 
     let _ = supervisor.until_running(1);
     let filler = disk.join("filler");
     fill(&filler);
-    // Longer than what is left of the last page.
-    for _ in 0..100 {
+    // More than what is left of the last page and may wait.
+    for _ in 0..400 {
         assert_eq!(supervisor.post("/v1/backup").status, 200);
     }
     until("the end of the room", || {
@@ -304,7 +304,7 @@ fn a_disk_that_was_full_has_the_lines_that_came_after_and_how_much_is_missing() 
     });
     assert_eq!(supervisor.stop(), Some(0));
     let (ours, others) = sort(&fs::read(&log).expect("is there"));
-    assert!(others.len() <= 1, "the one that was cut short: {others:?}");
+    assert!(others.is_empty(), "a line was cut short: {others:?}");
     assert_eq!(count(&ours, "stopped"), 1);
 }
 

@@ -49,6 +49,8 @@ pub enum Error {
         .state.display()
     )]
     Another { state: PathBuf, holder: String },
+    #[error("cannot read {what}: the disk does not answer; check the paths that the settings name")]
+    Hung { what: &'static str },
     #[error("cannot reach the supervisor on {address}: {reason}")]
     Unhealthy { address: SocketAddr, reason: String },
 }

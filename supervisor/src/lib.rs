@@ -61,6 +61,9 @@ usage: supervisor [-- COMMAND ARGS...]   run; COMMAND is the gateway
        supervisor --help | --version
 ";
 
+/// For the disks that boot looks at.
+const BOOT_TIME_LIMIT: Duration = Duration::from_secs(15);
+
 /// For what is not written yet at the end, where nobody reads it.
 const LAST_LINES: Duration = Duration::from_millis(500);
 
@@ -115,10 +118,28 @@ fn run(signals: io::Result<Signals>) -> Result<bool, Error> {
 }
 
 fn read(command: Vec<OsString>) -> Result<Config, Error> {
+    close_stdin().map_err(start("closing standard input"))?;
     let variables = std::env::vars_os().collect();
     let environment = config::agent_environment(&variables);
     let checked = agent::check::run(&executable()?, &environment)?;
-    Config::read(&variables, command, environment, &checked).map_err(Error::Settings)
+    // Some settings name files.
+    let read = move || Config::read(&variables, command, environment, &checked);
+    before_the_loop("the settings", read)?.map_err(Error::Settings)
+}
+
+/// There is no event loop yet that answers while a disk hangs, so that is the end.
+fn before_the_loop<T: Send + 'static>(
+    what: &'static str,
+    call: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, Error> {
+    let (sender, receiver) = std::sync::mpsc::channel();
+    // Nobody listens any more when the time is over.
+    let work = move || drop(sender.send(call()));
+    let thread = std::thread::Builder::new().spawn(work);
+    thread.map_err(start("making a thread"))?;
+    receiver
+        .recv_timeout(BOOT_TIME_LIMIT)
+        .map_err(|_| Error::Hung { what })
 }
 
 fn executable() -> Result<PathBuf, Error> {
@@ -151,7 +172,6 @@ fn print(text: &str) -> Result<bool, Error> {
 fn supervise(config: Config, signals: Signals) -> Result<bool, Error> {
     log::set_level(config.log);
     descriptors::raise();
-    close_stdin().map_err(start("closing standard input"))?;
     std::panic::set_hook(Box::new(|panic| {
         // The place only: a message may quote a request.
         let place = panic.location().map(ToString::to_string);
@@ -166,7 +186,8 @@ fn supervise(config: Config, signals: Signals) -> Result<bool, Error> {
     }
     // A child's orphans come to us even when we are not PID 1.
     prctl::set_child_subreaper(true).map_err(|error| start("adopting orphans")(error.into()))?;
-    let _lock = only::lock(&config.state)?;
+    let state = config.state.clone();
+    let _lock = before_the_loop("the state", move || only::lock(&state))??;
     runtime()?.block_on(serve(Arc::new(config), executable()?, signals))
 }
 
@@ -272,15 +293,23 @@ fn warn(config: &Config) {
         );
         return;
     }
-    for (name, file) in &config.secret_files {
-        if config.user.can_read(file) {
+    let (files, user) = (config.secret_files.clone(), config.user.clone());
+    tokio::spawn(async move {
+        let look = move || {
+            let readable = files.into_iter().filter(|(_, file)| user.can_read(file));
+            readable.map(|(name, _)| name).collect::<Vec<_>>()
+        };
+        for name in blocking::within(BOOT_TIME_LIMIT, look)
+            .await
+            .unwrap_or_default()
+        {
             log!(
                 Error,
                 "the gateway's user can read a secret: let root alone read its file",
                 setting = format!("{name}_FILE")
             );
         }
-    }
+    });
     if let Some((names, failing)) = capabilities::missing() {
         log!(
             Error,

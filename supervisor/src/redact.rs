@@ -1,14 +1,18 @@
 //! Takes secrets out of what the gateway wrote before it failed: the values that we know, in whatever way they are escaped, and
 //! keys that can be told by their shape.
 
+use crate::log::terminal::{is_invisible, sequence};
 use crate::secret::REDACTED;
 
 /// A variable with one of these in its name, in any case and without `_` and `-`, holds a secret.
-const NAMES: &str =
-    "token secret passw pwd passphrase credential auth cookie session signature bearer";
+const NAMES: &str = "secret passw pwd passphrase passcode apikey privatekey";
 
 /// Likewise with one of these at the end, numbers aside: `ENCRYPTION_KEY_2`.
-const ENDS: &str = "key pass pin";
+const ENDS: &str = "key keys pass pin pw";
+
+/// Likewise, unless its value is a short word or number: `MAX_TOKENS=4096`.
+const VAGUE: &str = "token credential creds auth cookie session signature bearer";
+const LONGEST_WORD: usize = 7;
 
 /// How keys of well-known services begin.
 const PREFIXES: &str = "sk- pk- rk_ sk_ ghp_ gho_ github_pat_ xox AKIA ASIA AIza eyJ";
@@ -17,63 +21,74 @@ const SHORTEST_KEY: usize = 8;
 /// Shorter values are words and numbers that stand everywhere.
 const SHORTEST_VALUE: usize = 4;
 
-pub fn is_secret_name(name: &str) -> bool {
-    let name = name.replace(['_', '-'], "").to_ascii_lowercase();
-    let stem = name.trim_end_matches(|c: char| c.is_ascii_digit());
+/// Whether a variable is to be hidden.
+pub fn is_secret(name: &str, value: &str) -> bool {
+    let name = name.replace('-', "_").to_ascii_lowercase();
+    let joined = name.replace('_', "");
+    let has = |words: &str| words.split(' ').any(|word| joined.contains(word));
+    let stem = |text| str::trim_end_matches(text, |c: char| c.is_ascii_digit());
     let mut ends = ENDS.split(' ');
-    NAMES.split(' ').any(|part| name.contains(part)) || ends.any(|end| stem.ends_with(end))
+    let mut parts = name.split('_');
+    let is_word = value.len() <= LONGEST_WORD
+        && (value.chars().all(|c| c.is_ascii_lowercase())
+            || value.chars().all(|c| c.is_ascii_digit()));
+    has(NAMES)
+        || ends.any(|end| stem(&joined).ends_with(end))
+        || parts.any(|part| stem(part) == "key")
+        || has(VAGUE) && !is_word
 }
 
-/// `text` without the values in `known` and without keys. `is_cut`: it may begin in the middle of one.
-pub fn redact(text: &[u8], is_cut: bool, known: &[&str]) -> String {
+/// The last `shown` bytes of `text`, without the values in `known` and without keys.
+pub fn redact(text: &[u8], shown: usize, known: &[&str]) -> String {
+    let (before, after) = text.split_at(text.len().saturating_sub(shown));
+    let before = plain(&String::from_utf8_lossy(before));
     let text = plain(&String::from_utf8_lossy(text));
     let mut known = known.to_vec();
     known.retain(|value| value.len() >= SHORTEST_VALUE);
     // One may be a part of another.
     known.sort_by_key(|value| std::cmp::Reverse(value.len()));
-    let mut rest = &text[if is_cut { end_of_cut(&text, &known) } else { 0 }..];
-    let mut clean = String::with_capacity(rest.len());
+    // From here on it is shown.
+    let begin = text.floor_char_boundary(before.len().min(text.len()));
+    let mut rest = text.as_str();
+    let mut clean = String::with_capacity(after.len());
+    let mut is_start = true;
     while let Some(next) = rest.chars().next() {
-        let value = known.iter().find_map(|value| length(rest, value));
-        let is_start = !clean.ends_with(|c: char| c.is_ascii_alphanumeric());
+        let mut likely = known.iter().filter(|value| may_begin(rest, value));
+        let value = likely.find_map(|value| length(rest, value));
         let found = value.map(|value| (0, value));
         let found = found.or_else(|| key(rest, is_start));
         let (kept, gone) = found.unwrap_or((next.len_utf8(), 0));
-        clean.push_str(&rest[..kept]);
-        clean.push_str(if gone > 0 { REDACTED } else { "" });
+        let at = text.len() - rest.len();
+        let unshown = begin.saturating_sub(at).min(kept);
+        clean.push_str(&rest[rest.ceil_char_boundary(unshown).min(kept)..kept]);
+        if gone > 0 && at + kept + gone > begin {
+            clean.push_str(REDACTED);
+        }
+        is_start = gone > 0 || !next.is_ascii_alphanumeric();
         rest = &rest[kept + gone..];
     }
     clean
 }
 
-/// Without the codes of terminals, which may stand inside of anything, and other control characters.
+/// Without what a terminal does not show, which may stand inside of anything, and other control characters.
 fn plain(text: &str) -> String {
     let mut plain = String::with_capacity(text.len());
-    let mut rest = text.chars();
-    while let Some(c) = rest.next() {
-        if c == '\u{1b}' && rest.next() == Some('[') {
-            let _ = rest.find(|c| ('@'..='~').contains(c));
-        } else if c == '\n' || c == '\t' || !c.is_control() {
+    let mut rest = text;
+    while let Some(c) = rest.chars().next() {
+        let hidden = sequence(rest.as_bytes());
+        let is_shown = matches!(c, '\n' | '\t') || !c.is_control() && !is_invisible(c);
+        if hidden == 0 && is_shown {
             plain.push(c);
         }
+        rest = &rest[rest.ceil_char_boundary(hidden.max(c.len_utf8()))..];
     }
     plain
 }
 
-/// Where the line ends that `text` begins in the middle of; or, when that is all, the known value or the word.
-fn end_of_cut(text: &str, known: &[&str]) -> usize {
-    let ends = known
-        .iter()
-        .flat_map(|value| (1..value.len()).filter_map(|at| value.get(at..)));
-    let value = ends.filter_map(|end| length(text, end)).max().unwrap_or(0);
-    let is_of_word = |c: char| c.is_ascii_alphanumeric() || "_-+/=.~%\\".contains(c);
-    let rest = &text[value..];
-    let line = rest
-        .find('\n')
-        .map(|end| end + 1)
-        .filter(|end| *end < rest.len());
-    let word = || rest.find(|c| !is_of_word(c)).unwrap_or(rest.len());
-    value + line.unwrap_or_else(word)
+/// A quick look: whether the first character is that of `value`, or may be an escaped one.
+fn may_begin(text: &str, value: &str) -> bool {
+    let (text, value) = (text.as_bytes()[0], value.as_bytes()[0]);
+    text == value || b"%\\'+".contains(&text) || value.is_ascii_control()
 }
 
 /// How long `value` is at the beginning of `text`, if it is there.
@@ -166,7 +181,7 @@ mod tests {
     fn clean(text: &str) -> String {
         redact(
             text.as_bytes(),
-            false,
+            text.len(),
             &["hunter2 and", "multi\nline \"value\""],
         )
     }
@@ -283,7 +298,7 @@ mod tests {
                     .collect(),
             ] {
                 let text = format!("before '{form}' after");
-                let clean = redact(text.as_bytes(), false, &[value]);
+                let clean = redact(text.as_bytes(), text.len(), &[value]);
                 // Escaped, the last character may be a backslash more.
                 let clean = clean.replace('\\', "");
                 assert_eq!(clean, "before '[redacted]' after", "{form}");
@@ -294,22 +309,20 @@ mod tests {
     }
 
     #[test]
-    fn the_rest_of_what_was_cut_goes_too() {
-        let known = ["top secret phrase"];
-        for at in 1..known[0].len() {
-            for end in [
-                known[0][at..].to_owned(),
-                known[0][at..].replace(' ', "%20"),
-            ] {
-                let clean = redact(format!("{end} rest of it").as_bytes(), true, &known);
-                assert!(
-                    clean.ends_with("rest of it") && clean.len() < 14,
-                    "{end}: {clean}"
-                );
+    fn a_secret_goes_wherever_what_is_shown_begins() {
+        let value = "\u{e4}\u{f6} top-----secret\nphrase \"x\" \u{1f511}";
+        let json = serde_json::Value::from(value).to_string();
+        let red: Vec<String> = value.chars().map(|c| format!("\u{1b}[31m{c}")).collect();
+        let red = red.concat();
+        for form in [value, &json[1..json.len() - 1], &red] {
+            let text = format!("before {form} rest of it");
+            for shown in 0..=text.len() {
+                let clean = redact(text.as_bytes(), shown, &[value]);
+                let mut parts = "before [redacted] rest of it".match_indices("");
+                let is_end = |(at, _): (usize, &str)| clean == "before [redacted] rest of it"[at..];
+                assert!(parts.any(is_end), "{shown}: {clean}");
             }
         }
-        assert_eq!(redact(b"4f9a8b7c rest", true, &[]), " rest");
-        assert_eq!(redact(b"4f9a8b7c rest\nof it", true, &[]), "of it");
     }
 
     #[test]
@@ -325,8 +338,11 @@ mod tests {
             "api-key",
             "MY_SECRET_1",
             "PGPASS2",
+            "PROVIDER_API_KEYS",
+            "PROVIDER_KEY_PROD",
+            "AUTH_MODE",
         ] {
-            assert!(is_secret_name(name), "{name}");
+            assert!(is_secret(name, "swordfish"), "{name}");
         }
         for name in [
             "HOME",
@@ -337,7 +353,16 @@ mod tests {
             "LANG",
             "NODE_ENV",
         ] {
-            assert!(!is_secret_name(name), "{name}");
+            assert!(!is_secret(name, "swordfish"), "{name}");
+        }
+        for (name, value, is_it) in [
+            ("MAX_TOKENS", "4096", false),
+            ("AUTH_MODE", "token", false),
+            ("GH_TOKEN", "abc1234", true),
+            ("API_PIN", "8472", true),
+            ("SMTP_PASS", "hunter", true),
+        ] {
+            assert_eq!(is_secret(name, value), is_it, "{name}");
         }
     }
 
@@ -369,7 +394,7 @@ mod tests {
         };
         for _ in 0..2000 {
             let bytes: Vec<u8> = (0..200).map(|_| noise(&mut state)).collect();
-            let clean = redact(&bytes, true, &["\u{e9}\u{e9}\u{e9}\u{e9}"]);
+            let clean = redact(&bytes, 150, &["\u{e9}\u{e9}\u{e9}\u{e9}"]);
             assert!(!clean.contains('\u{1b}'));
         }
     }

@@ -7,9 +7,10 @@ use serde_json::{Value, json};
 use crate::agent::{Progress, Report};
 use crate::clock::rfc3339;
 use crate::config::Config;
-use crate::log::Tail;
+use crate::gateway::files;
+use crate::log::{SHOWN, Tail};
 use crate::reaper::Exit;
-use crate::redact::{is_secret_name, redact};
+use crate::redact::{is_secret, redact};
 use crate::secret::Secret;
 
 #[derive(Clone, Debug)]
@@ -180,11 +181,14 @@ impl Status {
             return None;
         }
         let own = config.secrets.0.iter().map(Secret::expose);
-        let given = config
-            .gateway_environment
-            .iter()
-            .filter_map(|(name, value)| is_secret_name(name.to_str()?).then(|| value.to_str())?);
-        let (text, is_cut) = self.stderr.get();
-        Some(redact(&text, is_cut, &own.chain(given).collect::<Vec<_>>()))
+        let given = config.gateway_environment.iter();
+        let given = given.filter_map(|(name, value)| {
+            let value = value.to_str()?;
+            is_secret(name.to_str()?, value).then_some(value)
+        });
+        let token = files::last_token();
+        let known = own.chain(given).chain(token.as_ref().map(Secret::expose));
+        let text = self.stderr.get();
+        Some(redact(&text, SHOWN, &known.collect::<Vec<_>>()))
     }
 }

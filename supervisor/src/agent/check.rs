@@ -38,7 +38,7 @@ pub fn run(executable: &Path, environment: &Variables) -> Result<Checked, Error>
         .args(["check", "--json"])
         .env_clear()
         .envs(environment.iter().map(|(name, value)| (name, value)))
-        .stdin(Stdio::null())
+        .stdin(Stdio::inherit())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .process_group(0);
@@ -60,7 +60,10 @@ pub fn run(executable: &Path, environment: &Variables) -> Result<Checked, Error>
                 let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
             }
             let reason = match ended {
-                Ok(_) => format!("did not end within {} s", BOUND.as_secs()),
+                Ok(_) => format!(
+                    "did not end within {} s: the disk below the root, the state, the store or a file that the settings name may hang",
+                    BOUND.as_secs()
+                ),
                 Err(error) => format!("cannot be waited for: {error}"),
             };
             return Err(unusable(reason));

@@ -207,9 +207,10 @@ async fn attend(
             .map(|progress| told(News::Progress(progress)))
             .is_none()
     });
+    let pid = child.pid;
     let ended = tokio::select! {
         ended = supervise(reaper, &mut child, cancelled, limit) => ended,
-        never = watch_silence(last_heard, &tell) => match never {},
+        never = watch_silence(pid, last_heard, &tell) => match never {},
     };
     let Some((exit, is_late)) = ended else {
         reading.abort();
@@ -232,7 +233,11 @@ async fn attend(
 }
 
 /// Says when the agent says nothing: it may hang on a disk, of which it cannot tell.
-async fn watch_silence(last_heard: watch::Receiver<Instant>, tell: &impl Fn(News)) -> Infallible {
+async fn watch_silence(
+    pid: Pid,
+    last_heard: watch::Receiver<Instant>,
+    tell: &impl Fn(News),
+) -> Infallible {
     let mut silence = SILENCE;
     loop {
         let heard = *last_heard.borrow();
@@ -244,10 +249,13 @@ async fn watch_silence(last_heard: watch::Receiver<Instant>, tell: &impl Fn(News
         let seconds = silence.as_secs();
         log!(
             Warn,
-            "the backup-agent shows no progress",
+            "the backup-agent shows no progress: it waits for a disk, the store or another run",
+            pid = pid.as_raw(),
             silent_s = seconds
         );
-        tell(News::Waiting(format!("no progress for {seconds} s")));
+        tell(News::Waiting(format!(
+            "backup-agent (process {pid}) has shown no progress for {seconds} s: it waits for a disk, the store or another run"
+        )));
         silence *= 2;
     }
 }

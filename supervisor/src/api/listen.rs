@@ -15,6 +15,9 @@ use crate::error::Error;
 /// tried again by whoever wants it after a second.
 const BACKLOG: u32 = 4096;
 
+/// The kernel's buffer of a connection, each way (it doubles this for its own needs: socket(7)).
+const BUFFER: u32 = 32 * 1024;
+
 /// With port 0 the kernel chooses one that is free in one family; the other family may have it taken.
 const ATTEMPTS: usize = 16;
 
@@ -100,6 +103,9 @@ fn listen(address: SocketAddr) -> io::Result<TcpListener> {
     };
     // The port of the last life, whose connections the kernel still remembers. With another listener it is refused all the same.
     socket.set_reuseaddr(true)?;
+    // Connections inherit both: the kernel's own sizes grow to megabytes for each whose client does not read, or is not read.
+    socket.set_send_buffer_size(BUFFER)?;
+    socket.set_recv_buffer_size(BUFFER)?;
     socket.bind(address)?;
     socket.listen(BACKLOG)
 }

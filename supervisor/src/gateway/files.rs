@@ -9,6 +9,7 @@ use std::fs::File;
 use std::io::{self, Read as _};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use nix::errno::Errno;
@@ -21,6 +22,7 @@ use tokio::time::{Instant, timeout_at};
 use crate::blocking;
 use crate::config::Config;
 use crate::json::Json;
+use crate::secret::Secret;
 
 const MAX_CONFIGURATION: u64 = 1 << 20;
 const MAX_LOCK: u64 = 64 * 1024;
@@ -35,6 +37,15 @@ const TIME_LIMIT: Duration = Duration::from_secs(3);
 /// Files that are read at once: while one hangs, others wait for it and not on threads of their own.
 static READS: Semaphore = Semaphore::const_new(1);
 
+/// The token that was found last: a secret that no setting has.
+static LAST_TOKEN: Mutex<Option<Secret>> = Mutex::new(None);
+
+/// The token of the gateway's configuration file, once a call has read it.
+pub fn last_token() -> Option<Secret> {
+    let last = LAST_TOKEN.lock().unwrap_or_else(PoisonError::into_inner);
+    last.clone()
+}
+
 /// The secret that the gateway expects: a string in its configuration file wins over ours, as it does in the gateway.
 /// A file with comments (JSON5), and a token that is a reference, are left to the gateway; then it is ours.
 ///
@@ -43,6 +54,10 @@ static READS: Semaphore = Semaphore::const_new(1);
 pub async fn token(config: &Config) -> io::Result<String> {
     let path = config.state_directory.join("openclaw.json");
     let found = read(&config.root, path, MAX_CONFIGURATION, token_in).await?;
+    if let Some(token) = &found {
+        let mut last = LAST_TOKEN.lock().unwrap_or_else(PoisonError::into_inner);
+        *last = Some(Secret::new(token.clone()));
+    }
     Ok(found.unwrap_or_else(|| config.gateway_token.expose().to_owned()))
 }
 

@@ -46,8 +46,11 @@ pub(super) fn children() -> io::Result<Vec<Pid>> {
 /// The living processes of `user`, and those of others that could not be read.
 pub(super) fn of_user(user: Uid) -> io::Result<(Vec<Pid>, Vec<Pid>)> {
     let table = Table::read()?;
-    let is_of_user =
-        |process: &Process| process.is_alive() && process.uids.contains(&user.as_raw());
+    // Real and saved, as for kill(2): whoever is the user in effect only is somebody else who plays it for a moment.
+    let is_of_user = |process: &Process| {
+        let [real, _, saved] = process.uids;
+        process.is_alive() && [real, saved].contains(&user.as_raw())
+    };
     let known = table.processes.iter();
     let known = known.filter(|(_, process)| is_of_user(process));
     let mut own: Vec<i32> = known.map(|(pid, _)| *pid).collect();
@@ -67,22 +70,26 @@ pub(super) fn of_user(user: Uid) -> io::Result<(Vec<Pid>, Vec<Pid>)> {
     Ok((pids(own), pids(others)))
 }
 
-/// Processes of `user` that a supervisor has started as a gateway's on `root`, told by their environment, as far as they let it
-/// be read. A gateway that has our own user has no better mark.
-pub(super) fn marked(user: Uid, root: &Path) -> io::Result<Vec<Pid>> {
+/// Processes of `user` that a supervisor has started as a gateway's on `root`, told by their environment; and those whose environment
+/// cannot be read. A gateway that has our own user has no better mark.
+pub(super) fn marked(user: Uid, root: &Path) -> io::Result<(Vec<Pid>, Vec<Pid>)> {
     let mut home = b"HOME=".to_vec();
     home.extend_from_slice(root.as_os_str().as_encoded_bytes());
-    let is_marked = |pid: &Pid| {
-        let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
-        let has = |wanted: &[u8]| {
-            environment
-                .split(|byte| *byte == 0)
-                .any(|one| one == wanted)
-        };
-        has(b"OPENCLAW_SUPERVISOR_MODE=external") && has(&home)
-    };
-    let (own, _) = of_user(user)?;
-    Ok(own.into_iter().filter(is_marked).collect())
+    let (mut found, mut unread) = (Vec::new(), Vec::new());
+    for pid in of_user(user)?.0 {
+        match fs::read(format!("/proc/{pid}/environ")) {
+            Ok(environment) => {
+                let mut variables = environment.split(|byte| *byte == 0);
+                let mode: &[u8] = b"OPENCLAW_SUPERVISOR_MODE=external";
+                if variables.clone().any(|one| one == mode) && variables.any(|one| one == home) {
+                    found.push(pid);
+                }
+            }
+            Err(error) if is_gone(&error) => {}
+            Err(_) => unread.push(pid),
+        }
+    }
+    Ok((found, unread))
 }
 
 impl Process {

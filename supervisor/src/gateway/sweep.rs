@@ -51,7 +51,7 @@ pub enum Belongs {
 }
 
 /// Returns when nothing of the gateway is left. That is the promise the next start relies on, so it never gives up; `tell` gets
-/// what SIGKILL does not end.
+/// what each round has left.
 pub async fn sweep(belongs: &Belongs, reaper: &Reaper, tell: impl Fn(Vec<Pid>)) {
     let begun = Instant::now();
     let mut pause = PAUSE;
@@ -66,8 +66,8 @@ pub async fn sweep(belongs: &Belongs, reaper: &Reaper, tell: impl Fn(Vec<Pid>)) 
         if begun.elapsed() >= report_after {
             report_after = begun.elapsed() + report_after.min(MAX_REPORT_PAUSE);
             report(&left, begun.elapsed());
-            tell(left.unwrap_or_default());
         }
+        tell(left.unwrap_or_default());
         sleep(pause).await;
         pause = (pause * 2).min(MAX_PAUSE);
     }
@@ -106,7 +106,14 @@ async fn kill_all(belongs: &Belongs, reaper: &Reaper, is_first: bool) -> io::Res
             let root = root.clone();
             // The kernel may wait for a process before it shows its environment.
             let left = move || marked(geteuid(), &root);
-            let left = blocking::within(LOOK_TIME_LIMIT, left).await??;
+            let (left, unread) = blocking::within(LOOK_TIME_LIMIT, left).await??;
+            if is_first && !unread.is_empty() {
+                log!(
+                    Warn,
+                    "cannot look at processes of our user: one may be of an earlier gateway, end it by hand then",
+                    pids = named(&unread)
+                );
+            }
             for pid in &left {
                 let _ = kill(*pid, Signal::SIGKILL);
             }

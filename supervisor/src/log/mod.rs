@@ -7,6 +7,7 @@ mod relay;
 pub mod shape;
 mod sink;
 mod tail;
+pub mod terminal;
 
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::SystemTime;
@@ -17,7 +18,7 @@ use crate::clock;
 pub use relay::Relay;
 use sink::Piece;
 pub use sink::{Source, flush, stderr, stdout};
-pub use tail::Tail;
+pub use tail::{SHOWN, Tail};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Level {
@@ -79,7 +80,28 @@ fn line(
         let _ = write!(line, r#","{name}":{value}"#);
     }
     line.push_str("}\n");
-    line
+    one_line(line)
+}
+
+/// JSON leaves characters as they are that some readers take for the end of a line, or that change how it is shown.
+fn one_line(line: String) -> String {
+    use std::fmt::Write as _;
+
+    let is_odd = |c: char| {
+        matches!(c, '\u{80}'..='\u{9f}' | '\u{2028}' | '\u{2029}') || terminal::is_invisible(c)
+    };
+    if !line.contains(is_odd) {
+        return line;
+    }
+    let mut escaped = String::with_capacity(line.len());
+    for c in line.chars() {
+        if is_odd(c) {
+            let _ = write!(escaped, "\\u{:04x}", u32::from(c));
+        } else {
+            escaped.push(c);
+        }
+    }
+    escaped
 }
 
 /// `log!(Warn, "child exited", pid = 42)`; the fields are made only where the line is written.
@@ -106,11 +128,14 @@ mod tests {
             SystemTime::UNIX_EPOCH,
             Level::Warn,
             "child exited",
-            &[("pid", 42.into()), ("signal", "a\n\"b".into())],
+            &[
+                ("pid", 42.into()),
+                ("signal", "a\n\"b\u{2028}\u{202e}".into()),
+            ],
         );
         assert_eq!(
             text,
-            "{\"ts\":\"1970-01-01T00:00:00.000Z\",\"level\":\"warn\",\"msg\":\"child exited\",\"pid\":42,\"signal\":\"a\\n\\\"b\"}\n"
+            "{\"ts\":\"1970-01-01T00:00:00.000Z\",\"level\":\"warn\",\"msg\":\"child exited\",\"pid\":42,\"signal\":\"a\\n\\\"b\\u2028\\u202e\"}\n"
         );
     }
 }

@@ -2,6 +2,8 @@
 //!
 //! Invariant: whatever a reader of JSON accepts as such an object is recognised; text that no object begins is not.
 
+use super::terminal::{is_invisible, sequence};
+
 /// Our keys, as a bit each.
 const KEYS: [&[u8]; 3] = [b"ts", b"level", b"msg"];
 const ALL: u8 = 0b111;
@@ -45,14 +47,16 @@ pub fn is_blank_at_end(line: &[u8]) -> bool {
     }
 }
 
-/// Some readers take other characters than a line feed for the end of a line: Python's `splitlines` takes all of these.
+/// Some readers take other characters than a line feed for the end of a line: Python's `splitlines` takes all of these but the
+/// control sequences of terminals.
 fn end_of_segment(line: &[u8]) -> usize {
     let ends = |index: usize| match line[index] {
         b'\t' => None,
         // A line feed that follows belongs to it.
         b'\r' if line.get(index + 1) == Some(&b'\n') => None,
+        // A terminal may go anywhere with it, and some readers take it out.
+        0x1b | 0xc2 if sequence(&line[index..]) > 0 => Some(sequence(&line[index..])),
         0..b' ' => Some(1),
-        0xc2 if line[index..].starts_with("\u{85}".as_bytes()) => Some(2),
         0xe2 if line[index..].starts_with("\u{2028}".as_bytes()) => Some(3),
         0xe2 if line[index..].starts_with("\u{2029}".as_bytes()) => Some(3),
         _ => None,
@@ -65,7 +69,7 @@ fn end_of_segment(line: &[u8]) -> usize {
 fn first_visible(text: &[u8]) -> Option<usize> {
     let mut index = 0;
     for chunk in text.utf8_chunks() {
-        let is_blank = |c: char| c.is_whitespace() || c.is_control() || c == '\u{feff}';
+        let is_blank = |c: char| c.is_whitespace() || c.is_control() || is_invisible(c);
         if let Some(found) = chunk.valid().find(|c| !is_blank(c)) {
             return Some(index + found);
         }
@@ -161,6 +165,24 @@ mod tests {
             format!("gateway: {text}")
         } else {
             text
+        }
+    }
+
+    #[test]
+    fn what_a_terminal_hides_does_not_hide_a_line() {
+        let ours = r#"{"ts":1,"level":2,"msg":3}"#;
+        for hidden in [
+            "\u{1b}[31m",
+            "\u{1b}[1A\u{1b}[2K",
+            "x\r\u{1b}[K",
+            "\u{9b}2J",
+        ] {
+            let line = format!("{hidden}{ours}\n");
+            assert_eq!(marked(&line, false), format!("{hidden}gateway: {ours}\n"));
+        }
+        for hidden in ["\u{200b}", "\u{202e} "] {
+            let line = format!("{hidden}{ours}\n");
+            assert_eq!(marked(&line, false), format!("gateway: {line}"));
         }
     }
 

@@ -23,11 +23,17 @@ use super::shape::MARK;
 const OURS: usize = 64 * 1024;
 const OTHERS: usize = 32 * 1024;
 
+/// The longest line that tells of a loss, with what it takes beside its text.
+const LINE: usize = 512;
+
 /// What a piece takes beside its text.
 const OVERHEAD: usize = 128;
 
-/// After a write that failed. A disk that is full stays so for a while.
+/// After a write that failed.
 const PAUSE: Duration = Duration::from_millis(10);
+
+/// Between two looks at a disk that is full.
+const FULL: Duration = Duration::from_millis(100);
 
 const STACK: usize = 64 * 1024;
 
@@ -260,17 +266,23 @@ impl Sink {
 
     /// Writes as much as can be written, however long it takes.
     fn write(&self, text: &[u8]) -> (usize, Option<Errno>) {
+        let full = |error| self.state().lost.reason = Some(error);
         match self.stream {
-            Stream::Output => write_to(&io::stdout(), text),
-            Stream::Error => write_to(&io::stderr(), text),
+            Stream::Output => write_to(&io::stdout(), text, full),
+            Stream::Error => write_to(&io::stderr(), text, full),
         }
     }
 
     fn tell_lost(&self) {
-        let lost = std::mem::take(&mut self.state().lost);
-        if lost == Lost::default() {
-            return;
-        }
+        let lost = {
+            let mut state = self.state();
+            let count = state.lost.ours + state.lost.gateway + state.lost.agent;
+            // Without room for the line itself the count waits.
+            if count == 0 || state.ours.size + LINE > OURS {
+                return;
+            }
+            std::mem::take(&mut state.lost)
+        };
         let reason = lost.reason.map_or("nobody read it", Errno::desc);
         log!(
             Warn,
@@ -288,7 +300,8 @@ impl Sink {
     }
 }
 
-fn write_to(file: &impl AsFd, text: &[u8]) -> (usize, Option<Errno>) {
+/// `full` is told of a disk without room: what is begun is ended as soon as there is some.
+fn write_to(file: &impl AsFd, text: &[u8], full: impl Fn(Errno)) -> (usize, Option<Errno>) {
     let mut written = 0;
     while written < text.len() {
         match unistd::write(file, &text[written..]) {
@@ -298,6 +311,10 @@ fn write_to(file: &impl AsFd, text: &[u8]) -> (usize, Option<Errno>) {
             Err(Errno::EAGAIN) => {
                 let mut wanted = [PollFd::new(file.as_fd(), PollFlags::POLLOUT)];
                 let _ = poll(&mut wanted, PollTimeout::NONE);
+            }
+            Err(error @ (Errno::ENOSPC | Errno::EDQUOT)) => {
+                full(error);
+                thread::sleep(FULL);
             }
             Err(error) => return (written, Some(error)),
         }

@@ -1,13 +1,15 @@
 //! The owner's hands on the gateway: starting it, hearing of its end, asking it to go, and sweeping up after it.
 
 use std::ffi::{OsStr, OsString};
+use std::pin::pin;
 use std::time::Duration;
 
+use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 use serde_json::json;
 use tokio::net::unix::pipe;
 use tokio::task::JoinHandle;
-use tokio::time::{Instant, sleep_until, timeout};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use super::{Event, Owner};
 use crate::api::envelope::Problem;
@@ -21,6 +23,7 @@ use crate::gateway::sweep::{self, Belongs, named};
 use crate::gateway::{files, probe, root, rpc};
 use crate::log::{self, Relay, Source, log};
 use crate::reaper::{Exit, Side};
+use crate::spawn::{Failure, Start};
 use crate::status::{ExitReason, LastExit};
 
 /// The gateway takes a restart request in milliseconds; one that does not gets SIGTERM.
@@ -28,6 +31,12 @@ const ASK_TIME_LIMIT: Duration = Duration::from_secs(2);
 
 /// For a look at the root. A network disk may take a moment.
 const ROOT_TIME_LIMIT: Duration = Duration::from_secs(10);
+
+/// An exec that takes longer is worth a line.
+const EXEC_SILENCE: Duration = Duration::from_secs(5);
+
+/// From the end of everything else of the gateway to that of its first process, which a tracer may hold.
+const LAST_EXIT_TIME_LIMIT: Duration = Duration::from_secs(5);
 
 /// The gateway's process, or that of its prepare script.
 pub(super) struct Process {
@@ -46,9 +55,12 @@ impl Owner {
         self.ending = None;
         let (attempt, events) = (self.attempt, self.events.clone());
         let (config, known) = (self.config.clone(), self.root);
+        let startup_timeout = config.startup_timeout;
         tokio::spawn(async move {
             let look = move || root::ready(&config.root, &config.user, known);
-            let look = blocking::within(ROOT_TIME_LIMIT, look).await;
+            // It is over before the start is.
+            let limit = ROOT_TIME_LIMIT.min(startup_timeout / 2);
+            let look = blocking::within(limit, look).await;
             let look = look.unwrap_or_else(|error| Err(Fault::Unreadable(error)));
             let _ = events.send(Event::RootLooked(attempt, is_gateway, look));
         });
@@ -125,7 +137,7 @@ impl Owner {
         let program = program.to_owned();
         tokio::spawn(async move {
             let failure = match ends.start {
-                Some(start) => start.result().await.err(),
+                Some(start) => executed(pid, start).await.err(),
                 None => None,
             };
             if failure.is_none() {
@@ -306,8 +318,38 @@ impl Owner {
         }
     }
 
+    /// Everything of the gateway is gone but the exit of its first process.
+    pub(super) fn await_exit(&mut self, pid: Pid) {
+        self.is_swept = true;
+        let events = self.events.clone();
+        tokio::spawn(async move {
+            sleep(LAST_EXIT_TIME_LIMIT).await;
+            let _ = events.send(Event::Unreaped(pid));
+        });
+    }
+
+    /// It runs nothing any more, so the next one may start: only its tracer can let it go.
+    pub(super) fn unreaped(&mut self, pid: Pid) {
+        if !(self.is_current(pid) && self.is_swept) {
+            return;
+        }
+        log!(
+            Warn,
+            "the gateway's process has ended, but the process that traces it holds its exit",
+            pid = pid.as_raw()
+        );
+        let exit = Exit {
+            code: None,
+            signal: Some(Signal::SIGKILL as i32),
+        };
+        self.exited(pid, exit, None);
+    }
+
     /// We leave although something of the gateway does not die.
     pub(super) fn give_up_sweep(&mut self) {
+        if let (Some(process), true) = (&self.process, self.left.is_empty()) {
+            self.left.push(process.pid);
+        }
         log!(
             Error,
             "leaving processes of the gateway behind: they do not end after SIGKILL, as on a dead disk",
@@ -381,6 +423,20 @@ impl Owner {
             self.starts + 1
         })
     }
+}
+
+/// Waits for the exec, and says when that takes long.
+async fn executed(pid: Pid, start: Start) -> Result<(), Failure> {
+    let mut result = pin!(start.result());
+    if let Ok(result) = timeout(EXEC_SILENCE, &mut result).await {
+        return result;
+    }
+    log!(
+        Warn,
+        "the program is not executed yet: the disk that it is on may hang",
+        pid = pid.as_raw()
+    );
+    result.await
 }
 
 /// Whether the gateway took the request.

@@ -63,6 +63,8 @@ pub enum Event {
     /// What SIGKILL has not ended yet.
     Left(Vec<Pid>),
     Swept,
+    /// This process of the gateway has not been reaped for a while after the sweep.
+    Unreaped(Pid),
     AgentTold(Verb, News),
     AgentEnded(Verb, Outcome),
 }
@@ -226,7 +228,8 @@ impl Owner {
                 }
             }
             Event::Left(pids) => self.left = pids,
-            Event::Swept if self.process.is_some() => self.is_swept = true,
+            Event::Swept if let Some(process) = &self.process => self.await_exit(process.pid),
+            Event::Unreaped(pid) => self.unreaped(pid),
             Event::Swept => {
                 self.left.clear();
                 self.left_behind = None;
