@@ -168,36 +168,42 @@ fn a_store_that_hangs_is_named_while_it_does() {
 
 #[test]
 fn the_gateway_of_a_supervisor_that_was_killed_is_gone_before_the_next_restore() {
-    let users: &[Option<&str>] = if is_root() {
-        &[None, Some("64141")]
-    } else {
-        &[None]
-    };
-    for user in users {
-        let given = |setup: Setup| match user {
-            Some(user) => setup.with("RUNTIME_GATEWAY_USER", user),
-            None => setup,
-        };
-        let setup = given(Setup::new());
-        setup.behave(&json!({ "deaf": true }));
-        let mut first = setup.start();
-        first.until_running(1);
-        let pid = gateway(&first);
-        let _leftover = Leftover(pid);
-        first.signal(Signal::SIGKILL);
-        first.wait();
-        assert!(is_alive(pid.into()), "it is deaf");
-
-        let setup = given(Setup::new().on_the_disk_of(&first.setup));
-        setup.agent("restore", &json!([{ "gate": "go", "exit": 10, "answer": { "error": "", "code": "no_snapshot" } }]));
-        let second = setup.start();
-        until("the restore", || {
-            !second.setup.agent_calls("restore").is_empty()
-        });
-        assert!(!is_alive(pid.into()), "{user:?}");
-        second.setup.open_gate("go");
-        second.until_running(1);
+    survives_no_restore(|setup| setup);
+    if is_root() {
+        survives_no_restore(|setup| setup.with("RUNTIME_GATEWAY_USER", "64141"));
     }
+    // One whose environment tells nothing.
+    survives_no_restore(|setup| {
+        let fake = setup.fake().display().to_string();
+        let (program, port) = (format!("{fake}/fake-gateway"), setup.gateway.port());
+        setup.command(&["env", "-i", &program, &port.to_string(), &fake])
+    });
+}
+
+fn survives_no_restore(given: impl Fn(Setup) -> Setup) {
+    let setup = given(Setup::new());
+    setup.behave(&json!({ "deaf": true }));
+    let mut first = setup.start();
+    first.until_running(1);
+    let pid = gateway(&first);
+    let _leftover = Leftover(pid);
+    first.signal(Signal::SIGKILL);
+    first.wait();
+    assert!(is_alive(pid.into()), "it is deaf");
+
+    let setup = given(Setup::new().on_the_disk_of(&first.setup));
+    let empty = json!({ "error": "", "code": "no_snapshot" });
+    setup.agent(
+        "restore",
+        &json!([{ "gate": "go", "exit": 10, "answer": empty }]),
+    );
+    let second = setup.start();
+    until("the restore", || {
+        !second.setup.agent_calls("restore").is_empty()
+    });
+    assert!(!is_alive(pid.into()));
+    second.setup.open_gate("go");
+    second.until_running(1);
 }
 
 #[test]

@@ -47,6 +47,7 @@ use crate::api::server::{self, Server};
 use crate::config::{Config, StoreKind};
 use crate::error::Error;
 use crate::log::log;
+use crate::only::Lock;
 use crate::owner::{Ended, Event, Owner};
 use crate::reaper::Reaper;
 use crate::signals::{Signals, Wakeups};
@@ -187,8 +188,8 @@ fn supervise(config: Config, signals: Signals) -> Result<bool, Error> {
     // A child's orphans come to us even when we are not PID 1.
     prctl::set_child_subreaper(true).map_err(|error| start("adopting orphans")(error.into()))?;
     let state = config.state.clone();
-    let _lock = before_the_loop("the state", move || only::lock(&state))??;
-    runtime()?.block_on(serve(Arc::new(config), executable()?, signals))
+    let lock = before_the_loop("the state", move || Lock::take(&state))??;
+    runtime()?.block_on(serve(Arc::new(config), executable()?, lock, signals))
 }
 
 /// Nothing is read. Children inherit it: opened anew for each it would take one descriptor more, and those may be few.
@@ -209,7 +210,12 @@ fn runtime() -> Result<Runtime, Error> {
         .map_err(start("the event loop"))
 }
 
-async fn serve(config: Arc<Config>, agent: PathBuf, signals: Signals) -> Result<bool, Error> {
+async fn serve(
+    config: Arc<Config>,
+    agent: PathBuf,
+    lock: Lock,
+    signals: Signals,
+) -> Result<bool, Error> {
     let (children, termination) = signals.listen().map_err(start("catching signals"))?;
     let (events, inbox) = mpsc::unbounded_channel();
     let (published, status) = watch::channel(Status::boot());
@@ -233,7 +239,7 @@ async fn serve(config: Arc<Config>, agent: PathBuf, signals: Signals) -> Result<
     let places = descriptors::places(server::MAX_CONNECTIONS);
     let context = Context::new(config.clone(), status, events.clone(), places);
     let (server, accepting) = Server::start(listeners, Arc::new(context), places);
-    let owner = Owner::new(config, agent, reaper, events, published);
+    let owner = Owner::new(config, agent, lock, reaper, events, published);
     let owner = tokio::spawn(owner.run(inbox));
     match until_over(owner, reaping, forwarding, accepting).await {
         Ok(ended) => {

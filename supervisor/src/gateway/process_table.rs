@@ -11,6 +11,8 @@ use std::path::Path;
 
 use nix::unistd::{Pid, Uid};
 
+use crate::only::{Gateway, started};
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Process {
     parent: i32,
@@ -18,6 +20,7 @@ struct Process {
     state: u8,
     uids: [u32; 3],
     threads: u32,
+    session: i32,
 }
 
 /// Our children, the dead ones that nobody has reaped yet included.
@@ -45,7 +48,10 @@ pub(super) fn children() -> io::Result<Vec<Pid>> {
 
 /// The living processes of `user`, and those of others that could not be read.
 pub(super) fn of_user(user: Uid) -> io::Result<(Vec<Pid>, Vec<Pid>)> {
-    let table = Table::read()?;
+    Ok(of_user_in(&Table::read()?, user))
+}
+
+fn of_user_in(table: &Table, user: Uid) -> (Vec<Pid>, Vec<Pid>) {
     // Real and saved, as for kill(2): whoever is the user in effect only is somebody else who plays it for a moment.
     let is_of_user = |process: &Process| {
         let [real, _, saved] = process.uids;
@@ -55,11 +61,11 @@ pub(super) fn of_user(user: Uid) -> io::Result<(Vec<Pid>, Vec<Pid>)> {
     let known = known.filter(|(_, process)| is_of_user(process));
     let mut own: Vec<i32> = known.map(|(pid, _)| *pid).collect();
     let mut others = Vec::new();
-    for (pid, owner) in table.unread {
-        if owner == Some(user.as_raw()) {
-            own.push(pid);
+    for (pid, owner) in &table.unread {
+        if *owner == Some(user.as_raw()) {
+            own.push(*pid);
         } else {
-            others.push(pid);
+            others.push(*pid);
         }
     }
     let us = Pid::this();
@@ -67,16 +73,35 @@ pub(super) fn of_user(user: Uid) -> io::Result<(Vec<Pid>, Vec<Pid>)> {
         let pids = list.into_iter().map(Pid::from_raw);
         pids.filter(|pid| *pid != us).collect()
     };
-    Ok((pids(own), pids(others)))
+    (pids(own), pids(others))
 }
 
-/// Processes of `user` that a supervisor has started as a gateway's on `root`, told by their environment; and those whose environment
-/// cannot be read. A gateway that has our own user has no better mark.
-pub(super) fn marked(user: Uid, root: &Path) -> io::Result<(Vec<Pid>, Vec<Pid>)> {
+/// Processes of `user` that an earlier supervisor has started as a gateway's on `root`: those of the session of the gateway that it
+/// has noted, and those that have its environment. And those of which neither can be told. A gateway that has our own user has
+/// no better mark.
+pub(super) fn earlier(
+    user: Uid,
+    root: &Path,
+    noted: Option<&Gateway>,
+) -> io::Result<(Vec<Pid>, Vec<Pid>)> {
+    let table = Table::read()?;
+    // Another process may have its number by now.
+    let noted = noted.filter(|noted| {
+        !table.processes.contains_key(&noted.pid)
+            || started(noted.pid).is_ok_and(|started| started == noted.started)
+    });
+    let is_of_session = |pid: &Pid| {
+        let session = table.processes.get(&pid.as_raw());
+        session.map(|process| process.session) == noted.map(|noted| noted.pid)
+    };
     let mut home = b"HOME=".to_vec();
     home.extend_from_slice(root.as_os_str().as_encoded_bytes());
     let (mut found, mut unread) = (Vec::new(), Vec::new());
-    for pid in of_user(user)?.0 {
+    for pid in of_user_in(&table, user).0 {
+        if noted.is_some() && is_of_session(&pid) {
+            found.push(pid);
+            continue;
+        }
         match fs::read(format!("/proc/{pid}/environ")) {
             Ok(environment) => {
                 let mut variables = environment.split(|byte| *byte == 0);
@@ -104,6 +129,7 @@ impl Process {
             state: 0,
             uids: [0; 3],
             threads: 1,
+            session: 0,
         };
         let mut has_uids = false;
         for line in status.split(|byte| *byte == b'\n') {
@@ -118,6 +144,8 @@ impl Process {
             match name {
                 "State" => process.state = *value.as_bytes().first()?,
                 "PPid" => process.parent = value.parse().ok()?,
+                // In each of the namespaces, ours first. Kernels before 4.1 do not tell it.
+                "NSsid" => process.session = value.split_whitespace().next()?.parse().ok()?,
                 "Threads" => process.threads = value.parse().ok()?,
                 "Uid" => {
                     has_uids = true;
@@ -188,12 +216,13 @@ mod tests {
 
     #[test]
     fn a_status_of_proc_is_understood_whatever_the_name_is() {
-        let status = b"Name:\to\xc3\nUmask:\t0022\nState:\tT (stopped)\nPPid:\t7\nUid:\t1\t2\t3\t4\nThreads:\t11\n";
+        let status = b"Name:\to\xc3\nUmask:\t0022\nState:\tT (stopped)\nPPid:\t7\nUid:\t1\t2\t3\t4\nNSsid:\t9\t1\nThreads:\t11\n";
         let expected = Process {
             parent: 7,
             state: b'T',
             uids: [1, 2, 3],
             threads: 11,
+            session: 9,
         };
         assert_eq!(Process::parse(status), Some(expected));
         assert_eq!(Process::parse(b"Name:\tx\n"), None);
@@ -206,6 +235,7 @@ mod tests {
             state: b'Z',
             uids: [0; 3],
             threads: 1,
+            session: 0,
         };
         assert!(!zombie.is_alive());
         zombie.threads = 2;

@@ -18,9 +18,10 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, Uid, geteuid, setuid};
 use tokio::time::{Instant, sleep, timeout};
 
-use super::process_table::{children, marked, of_user};
+use super::process_table::{children, earlier, of_user};
 use crate::blocking;
 use crate::log::log;
+use crate::only::Gateway;
 use crate::reaper::{Exit, Reaper, Side};
 
 /// Between rounds of killing. A process needs a moment to die, a forking one must not get many.
@@ -46,8 +47,9 @@ pub enum Belongs {
     ToUser(Uid),
     /// They descend from us, as the agent does.
     ByDescent,
-    /// Their user is ours and their supervisor is gone: they have the environment of a gateway on this root.
-    ByEnvironment(PathBuf),
+    /// Their user is ours and their supervisor is gone: they are of the session of the gateway that it has noted, or have the
+    /// environment of a gateway on this root.
+    ToEarlier(PathBuf, Option<Gateway>),
 }
 
 /// Returns when nothing of the gateway is left. That is the promise the next start relies on, so it never gives up; `tell` gets
@@ -102,10 +104,10 @@ async fn kill_all(belongs: &Belongs, reaper: &Reaper, is_first: bool) -> io::Res
     match belongs {
         Belongs::ToUser(user) => kill_user(*user, reaper, is_first).await,
         Belongs::ByDescent => Ok(reaper.kill_gateways(children()?)),
-        Belongs::ByEnvironment(root) => {
-            let root = root.clone();
+        Belongs::ToEarlier(root, noted) => {
+            let (root, noted) = (root.clone(), noted.clone());
             // The kernel may wait for a process before it shows its environment.
-            let left = move || marked(geteuid(), &root);
+            let left = move || earlier(geteuid(), &root, noted.as_ref());
             let (left, unread) = blocking::within(LOOK_TIME_LIMIT, left).await??;
             if is_first && !unread.is_empty() {
                 log!(

@@ -32,6 +32,9 @@ const ASK_TIME_LIMIT: Duration = Duration::from_secs(2);
 /// For a look at the root. A network disk may take a moment.
 const ROOT_TIME_LIMIT: Duration = Duration::from_secs(10);
 
+/// To write a line to the state.
+const NOTE_TIME_LIMIT: Duration = Duration::from_secs(5);
+
 /// An exec that takes longer is worth a line.
 const EXEC_SILENCE: Duration = Duration::from_secs(5);
 
@@ -132,6 +135,7 @@ impl Owner {
             }
         };
         let pid = child.pid;
+        self.note_gateway(pid);
         self.relay(ends.stdout, ends.stderr);
         let events = self.events.clone();
         let program = program.to_owned();
@@ -161,6 +165,24 @@ impl Owner {
             probe,
         });
         None
+    }
+
+    /// For the next supervisor, which would not find it by its user.
+    fn note_gateway(&self, pid: Pid) {
+        if self.config.user.is_apart() {
+            return;
+        }
+        let lock = self.lock.clone();
+        tokio::spawn(async move {
+            let note = move || lock.note(pid.as_raw());
+            if let Err(error) = blocking::within(NOTE_TIME_LIMIT, note).await.flatten() {
+                log!(
+                    Warn,
+                    "cannot note which gateway runs: another supervisor may not find it",
+                    reason = error.to_string()
+                );
+            }
+        });
     }
 
     /// Notes an end without a beginning.
@@ -313,7 +335,10 @@ impl Owner {
         }
         match (user.is_apart(), is_first) {
             (true, _) => Some(Belongs::ToUser(user.uid)),
-            (false, true) => Some(Belongs::ByEnvironment(self.config.root.clone())),
+            (false, true) => {
+                let (root, earlier) = (self.config.root.clone(), self.lock.earlier.clone());
+                Some(Belongs::ToEarlier(root, earlier))
+            }
             (false, false) => Some(Belongs::ByDescent),
         }
     }

@@ -30,6 +30,7 @@ use crate::gateway::root::Identity;
 use crate::gateway::state::{self, Action, Phase, Policy, State};
 use crate::gateway::{root, transitions};
 use crate::log::{Relay, log};
+use crate::only::Lock;
 use crate::oom::Kills;
 use crate::reaper::{Exit, Reaper};
 use crate::status::{ExitReason, Status};
@@ -85,6 +86,7 @@ pub type Events = UnboundedSender<Event>;
 pub struct Owner {
     config: Arc<Config>,
     agent: PathBuf,
+    lock: Lock,
     reaper: Reaper,
     events: Events,
     published: watch::Sender<Status>,
@@ -126,6 +128,7 @@ impl Owner {
     pub fn new(
         config: Arc<Config>,
         agent: PathBuf,
+        lock: Lock,
         reaper: Reaper,
         events: Events,
         published: watch::Sender<Status>,
@@ -141,6 +144,7 @@ impl Owner {
         Self {
             config,
             agent,
+            lock,
             reaper,
             events,
             published,
