@@ -234,7 +234,7 @@ impl Unstarted {
             code,
             setting,
             failed: what,
-            reason: error.desc().to_owned(),
+            reason: io::Error::from(error).to_string(),
         }
     }
 }
@@ -406,7 +406,7 @@ mod tests {
                 code,
                 setting,
                 failed: what.to_owned(),
-                reason: error.desc().to_owned(),
+                reason: io::Error::from(error).to_string(),
             };
             assert_eq!(found, expected);
         }
