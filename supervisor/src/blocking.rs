@@ -4,6 +4,7 @@
 
 use std::io;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread;
 use std::time::Duration;
 
@@ -16,6 +17,11 @@ const STACK: usize = 256 * 1024;
 
 static THREADS: AtomicUsize = AtomicUsize::new(0);
 
+/// A call without its types: there is one copy of the machinery for all calls.
+type Work = Box<dyn FnOnce() + Send>;
+
+type Shared<T> = Arc<Mutex<Option<T>>>;
+
 /// Runs `call` on a thread. A call that takes longer than `limit` goes on, and its result is dropped.
 ///
 /// # Errors
@@ -24,20 +30,70 @@ pub async fn within<T: Send + 'static>(
     limit: Duration,
     call: impl FnOnce() -> T + Send + 'static,
 ) -> io::Result<T> {
-    let place = Place::take().ok_or_else(hung)?;
-    let (sender, receiver) = oneshot::channel();
+    let (work, result) = without_types(call);
+    run(limit, work).await?;
+    take(&result)
+}
+
+/// Likewise before there is an event loop.
+///
+/// # Errors
+/// As `within`.
+pub fn within_now<T: Send + 'static>(
+    limit: Duration,
+    call: impl FnOnce() -> T + Send + 'static,
+) -> io::Result<T> {
+    let (work, result) = without_types(call);
+    run_now(limit, work)?;
+    take(&result)
+}
+
+fn without_types<T: Send + 'static>(
+    call: impl FnOnce() -> T + Send + 'static,
+) -> (Work, Shared<T>) {
+    let result = Shared::default();
+    let filled = Shared::clone(&result);
     let work = move || {
-        let result = call();
-        drop(place);
-        // Nobody waits for it any more when the time is over.
-        let _ = sender.send(result);
+        let found = call();
+        *filled.lock().unwrap_or_else(PoisonError::into_inner) = Some(found);
     };
-    thread::Builder::new().stack_size(STACK).spawn(work)?;
+    (Box::new(work), result)
+}
+
+fn take<T>(result: &Shared<T>) -> io::Result<T> {
+    let mut result = result.lock().unwrap_or_else(PoisonError::into_inner);
+    let bug = || io::Error::other("a bug in the runtime ended the call");
+    result.take().ok_or_else(bug)
+}
+
+async fn run(limit: Duration, work: Work) -> io::Result<()> {
+    let (sender, receiver) = oneshot::channel::<()>();
+    start(work, move || drop(sender))?;
+    // Its sender is dropped when the call has ended.
     match timeout(limit, receiver).await {
-        Ok(Ok(result)) => Ok(result),
-        Ok(Err(_)) => Err(io::Error::other("a bug in the runtime ended the call")),
+        Ok(_) => Ok(()),
         Err(_) => Err(hung()),
     }
+}
+
+fn run_now(limit: Duration, work: Work) -> io::Result<()> {
+    let (sender, receiver) = mpsc::channel::<()>();
+    start(work, move || drop(sender))?;
+    match receiver.recv_timeout(limit) {
+        Err(mpsc::RecvTimeoutError::Timeout) => Err(hung()),
+        _ => Ok(()),
+    }
+}
+
+fn start(work: Work, done: impl FnOnce() + Send + 'static) -> io::Result<()> {
+    let place = Place::take().ok_or_else(hung)?;
+    let thread = thread::Builder::new().stack_size(STACK);
+    let started = thread.spawn(move || {
+        work();
+        drop(place);
+        done();
+    });
+    started.map(drop)
 }
 
 fn hung() -> io::Error {

@@ -49,8 +49,11 @@ pub enum Error {
         .state.display()
     )]
     Another { state: PathBuf, holder: String },
-    #[error("cannot read {what}: the disk does not answer; check the paths that the settings name")]
-    Hung { what: &'static str },
+    #[error("cannot read {what} in time")]
+    Hung {
+        what: &'static str,
+        source: io::Error,
+    },
     #[error("cannot reach the supervisor on {address}: {reason}")]
     Unhealthy { address: SocketAddr, reason: String },
 }

@@ -125,7 +125,7 @@ fn read(command: Vec<OsString>) -> Result<Config, Error> {
     let checked = agent::check::run(&executable()?, &environment)?;
     // Some settings name files.
     let read = move || Config::read(&variables, command, environment, &checked);
-    before_the_loop("the settings", read)?.map_err(Error::Settings)
+    before_the_loop("the files that the settings name", read)?.map_err(Error::Settings)
 }
 
 /// There is no event loop yet that answers while a disk hangs, so that is the end.
@@ -133,14 +133,7 @@ fn before_the_loop<T: Send + 'static>(
     what: &'static str,
     call: impl FnOnce() -> T + Send + 'static,
 ) -> Result<T, Error> {
-    let (sender, receiver) = std::sync::mpsc::channel();
-    // Nobody listens any more when the time is over.
-    let work = move || drop(sender.send(call()));
-    let thread = std::thread::Builder::new().spawn(work);
-    thread.map_err(start("making a thread"))?;
-    receiver
-        .recv_timeout(BOOT_TIME_LIMIT)
-        .map_err(|_| Error::Hung { what })
+    blocking::within_now(BOOT_TIME_LIMIT, call).map_err(|source| Error::Hung { what, source })
 }
 
 fn executable() -> Result<PathBuf, Error> {
@@ -188,7 +181,7 @@ fn supervise(config: Config, signals: Signals) -> Result<bool, Error> {
     // A child's orphans come to us even when we are not PID 1.
     prctl::set_child_subreaper(true).map_err(|error| start("adopting orphans")(error.into()))?;
     let state = config.state.clone();
-    let lock = before_the_loop("the state", move || Lock::take(&state))??;
+    let lock = before_the_loop("the files of the state", move || Lock::take(&state))??;
     runtime()?.block_on(serve(Arc::new(config), executable()?, lock, signals))
 }
 

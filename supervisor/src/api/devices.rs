@@ -173,12 +173,13 @@ fn problem(error: &RpcError, secrets: &Secrets) -> Problem {
 }
 
 pub fn is_secret(name: &str) -> bool {
-    // Some letters become one of ours in one of the two cases only, such as the long s and the sign of kelvin.
-    let letters = name.chars().filter(|c| c.is_alphanumeric());
-    let name: String = letters
-        .flat_map(char::to_uppercase)
-        .flat_map(char::to_lowercase)
-        .collect();
+    // The long s and the sign of kelvin are letters of ours in another case.
+    let letters = name.chars().map(|c| match c {
+        '\u{17f}' => 's',
+        '\u{212a}' => 'k',
+        c => c.to_ascii_lowercase(),
+    });
+    let name: String = letters.filter(char::is_ascii_alphanumeric).collect();
     SECRET_NAMES.iter().any(|secret| name.contains(secret))
 }
 
