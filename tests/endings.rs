@@ -2,10 +2,11 @@
 
 use std::ffi::OsStr;
 use std::fs;
+use std::io::{BufRead as _, BufReader};
 use std::net::TcpListener;
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::process::CommandExt as _;
-use std::process::{Child, Command};
+use std::process::{Child, Command, Stdio};
 use std::thread;
 
 use e2e::agent::INSTANCE;
@@ -164,6 +165,33 @@ fn a_store_that_hangs_is_named_while_it_does() {
     assert!(log.contains("the store does not answer"), "{log}");
 }
 
+#[test]
+fn a_file_of_the_settings_on_a_disk_that_hangs_ends_the_boot_with_a_sentence() {
+    let setup = Setup::new();
+    let folder = setup.folder.path().join("disk");
+    let Some(disk) = hung::disk(&folder, 0) else {
+        return;
+    };
+    disk.hang();
+    let file = folder.join("token").display().to_string();
+    let setup = setup.with("RUNTIME_GATEWAY_TOKEN_FILE", &file);
+    let child = setup.program().stderr(Stdio::piped()).spawn();
+    let mut child = child.expect("can be executed");
+    let mut said = String::new();
+    let stderr = child.stderr.take().expect("was piped");
+    let read = BufReader::new(stderr).read_line(&mut said);
+    read.expect("is text");
+    assert!(
+        said.contains("cannot read the files that the settings name"),
+        "{said}"
+    );
+    assert!(said.contains("the disk does not answer"), "{said}");
+    // Its thread waits in the kernel until then.
+    drop(disk);
+    let status = child.wait().expect("is our child");
+    assert_eq!(status.code(), Some(1));
+}
+
 // Processes that are not our children
 
 #[test]
@@ -223,6 +251,28 @@ fn a_process_of_the_gateways_user_that_is_no_child_of_ours_goes_at_a_restart() {
     assert_eq!(supervisor.post("/v1/restart").status, 202);
     supervisor.until_running(2);
     assert!(!is_alive(sleeper.0.id().into()));
+}
+
+#[test]
+fn a_process_of_root_that_plays_the_gateways_user_holds_nothing_up() {
+    if !is_root() {
+        eprintln!("skipped: only root can start it");
+        return;
+    }
+    let supervisor = Setup::new().with("RUNTIME_GATEWAY_USER", "64144").start();
+    supervisor.until_running(1);
+    let play = "import os, time\nos.setresuid(0, 64144, 0)\nprint(flush=True)\ntime.sleep(1000)";
+    let player = Command::new("/usr/bin/python3")
+        .args(["-c", play])
+        .stdout(Stdio::piped())
+        .spawn();
+    let mut player = Sleeper(player.expect("can be started"));
+    let ready = player.0.stdout.take().expect("was piped");
+    let read = BufReader::new(ready).read_line(&mut String::new());
+    assert_eq!(read.ok(), Some(1));
+    assert_eq!(supervisor.post("/v1/restart").status, 202);
+    supervisor.until_running(2);
+    assert!(is_alive(player.0.id().into()));
 }
 
 #[test]
