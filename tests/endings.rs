@@ -69,6 +69,10 @@ fn a_root_on_a_disk_that_hangs_is_a_failed_start_and_the_api_answers() {
     // It goes first: nothing is removed below a disk that hangs.
     let disk = disk;
     supervisor.until_running(1);
+    // Until then a thread of the gateway may read its own configuration, and would hang with the disk.
+    until("the version", || {
+        supervisor.status()["version"]["openclaw"].is_string()
+    });
     disk.hang();
     kill(Pid::from_raw(gateway(&supervisor)), Signal::SIGKILL).expect("it runs");
     let exit = last_exit(&supervisor, "exec");
@@ -190,6 +194,31 @@ fn a_file_of_the_settings_on_a_disk_that_hangs_ends_the_boot_with_a_sentence() {
     drop(disk);
     let status = child.wait().expect("is our child");
     assert_eq!(status.code(), Some(1));
+}
+
+#[test]
+fn the_error_of_a_restore_stays_while_the_next_try_makes_progress() {
+    let setup = Setup::new();
+    let progress = r#"{"msg":"progress","doneBytes":1,"totalBytes":2,"bytesPerSecond":1}"#;
+    let silent = r#"{"msg":"the store does not answer","host":"a.store","silentSeconds":2}"#;
+    setup.agent(
+        "restore",
+        &json!([
+            failure(75, "first")[0],
+            { "stderr": [silent], "gate": "silent", "exit": 75, "answer": { "error": "second", "code": "x" } },
+            { "stderr": [silent, progress], "gate": "progress" },
+        ]),
+    );
+    let supervisor = setup.start();
+    let until_error = |wanted: &str| {
+        until(wanted, || supervisor.status()["restore"]["error"] == wanted);
+    };
+    until_error("the store a.store has not answered for 2 s");
+    supervisor.setup.open_gate("silent");
+    until("the progress", || {
+        supervisor.status()["restore"]["progress"]["totalBytes"] == 2
+    });
+    until_error("second");
 }
 
 // Processes that are not our children

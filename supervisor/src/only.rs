@@ -127,10 +127,11 @@ fn try_lock(state: &Path) -> Result<(File, Option<Gateway>), (TryLockError, Stri
     if let Err(error) = locked {
         return Err((error, holder.to_owned()));
     }
-    let earlier = lines.next().and_then(Gateway::read);
-    // For a person only: a disk without room for it has the lock all the same.
-    let _ = write(&mut file, &format!("{}\n", std::process::id()));
-    Ok((file, earlier))
+    let noted = lines.next().unwrap_or_default();
+    // The pid is for a person only: a disk without room for it has the lock all the same. What is noted stays until another
+    // gateway runs: we may be killed before the earlier one is.
+    let _ = write(&mut file, &format!("{}\n{noted}\n", std::process::id()));
+    Ok((file, Gateway::read(noted)))
 }
 
 fn write(file: &mut File, text: &str) -> io::Result<()> {
@@ -158,6 +159,8 @@ mod tests {
         let us = i32::try_from(std::process::id()).expect("pids fit");
         first.note(us).expect("can write");
         drop(first);
+        // One in between is killed before it has done anything.
+        drop(Lock::take(&state).expect("nobody has it"));
         let second = Lock::take(&state).expect("nobody has it");
         let earlier = second.earlier.expect("is noted");
         let started = started(us).expect("is there");

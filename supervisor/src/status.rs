@@ -43,6 +43,8 @@ pub struct Status {
     pub restore: &'static str,
     pub restored: Option<String>,
     pub restore_error: Option<String>,
+    /// What the restore under way waits for; shown before the error of an earlier one.
+    pub restore_waiting: Option<String>,
     pub openclaw: Option<String>,
 }
 
@@ -128,6 +130,7 @@ impl Status {
             restore: "running",
             restored: None,
             restore_error: None,
+            restore_waiting: None,
             openclaw: None,
         }
     }
@@ -161,7 +164,7 @@ impl Status {
             "restore": {
                 "status": self.restore,
                 "snapshot": self.restored,
-                "error": self.restore_error,
+                "error": self.restore_waiting.as_ref().or(self.restore_error.as_ref()),
                 "progress": self.restore_progress.map(Progress::render),
             },
             "instance": { "id": config.instance_id, "type": config.instance_type },

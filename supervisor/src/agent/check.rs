@@ -14,6 +14,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
 
+use crate::blocking;
 use crate::config::{Checked, Variables};
 use crate::error::Error;
 
@@ -43,28 +44,24 @@ pub fn run(executable: &Path, environment: &Variables) -> Result<Checked, Error>
         .stderr(Stdio::piped())
         .process_group(0);
     let (process_sender, process) = mpsc::channel();
-    let (sender, receiver) = mpsc::channel();
-    let waiting = std::thread::Builder::new().spawn(move || {
-        let output = command.spawn().and_then(|child| {
-            let _ = process_sender.send(child.id());
-            child.wait_with_output()
-        });
-        // Nobody listens any more when the time is over.
-        let _ = sender.send(output);
-    });
-    let output: io::Result<Output> = match waiting.map(|_| receiver.recv_timeout(BOUND)) {
-        Ok(Ok(output)) => output,
-        ended => {
+    let run = move || {
+        let child = command.spawn()?;
+        let _ = process_sender.send(child.id());
+        child.wait_with_output()
+    };
+    let output: io::Result<Output> = match blocking::within_now(BOUND, run) {
+        Ok(output) => output,
+        Err(error) => {
             // Its end has not been waited for, so the number is still its own.
             if let Ok(Ok(pid)) = process.try_recv().map(i32::try_from) {
                 let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
             }
-            let reason = match ended {
-                Ok(_) => format!(
+            let reason = match error.kind() {
+                io::ErrorKind::TimedOut => format!(
                     "did not end within {} s: the disk below the root, the state, the store or a file that the settings name may hang",
                     BOUND.as_secs()
                 ),
-                Err(error) => format!("cannot be waited for: {error}"),
+                _ => format!("cannot be waited for: {error}"),
             };
             return Err(unusable(reason));
         }

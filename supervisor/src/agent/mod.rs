@@ -249,12 +249,12 @@ async fn watch_silence(
         let seconds = silence.as_secs();
         log!(
             Warn,
-            "the backup-agent shows no progress: it waits for a disk, the store or another run",
+            "the backup-agent shows no progress: it may wait for a disk, the store or another run",
             pid = pid.as_raw(),
             silent_s = seconds
         );
         tell(News::Waiting(format!(
-            "backup-agent (process {pid}) has shown no progress for {seconds} s: it waits for a disk, the store or another run"
+            "backup-agent (process {pid}) has shown no progress for {seconds} s: it may wait for a disk, the store or another run"
         )));
         silence *= 2;
     }

@@ -4,6 +4,7 @@
 //! file is read, no more than a bound, and on a thread. Whatever is odd about a file, it is as if it were not there; a file
 //! that cannot be read, or not in time, is an error.
 
+use std::borrow::Cow;
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{self, Read as _};
@@ -22,7 +23,7 @@ use tokio::time::{Instant, timeout_at};
 use crate::blocking;
 use crate::config::Config;
 use crate::json::Json;
-use crate::secret::Secret;
+use crate::secret::{REDACTED, Secret};
 
 const MAX_CONFIGURATION: u64 = 1 << 20;
 const MAX_LOCK: u64 = 64 * 1024;
@@ -44,6 +45,14 @@ static LAST_TOKEN: Mutex<Option<Secret>> = Mutex::new(None);
 pub fn last_token() -> Option<Secret> {
     let last = LAST_TOKEN.lock().unwrap_or_else(PoisonError::into_inner);
     last.clone()
+}
+
+/// A sentence of the gateway without that token.
+pub fn without_token(text: Cow<'_, str>) -> Cow<'_, str> {
+    match last_token().filter(|token| text.contains(token.expose())) {
+        Some(token) => text.replace(token.expose(), REDACTED).into(),
+        None => text,
+    }
 }
 
 /// The secret that the gateway expects: a string in its configuration file wins over ours, as it does in the gateway.

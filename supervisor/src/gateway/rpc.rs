@@ -258,7 +258,7 @@ fn version_in(hello: Json<'_>) -> Vec<u8> {
 
 /// The beginning of a text of the gateway, as part of a line.
 fn words(text: Option<Json<'_>>, most: usize) -> Option<String> {
-    let text = text?.text(MAX_WRITTEN)?;
+    let text = files::without_token(text?.text(MAX_WRITTEN)?);
     let clean = text.chars().map(|c| if c.is_control() { ' ' } else { c });
     Some(clean.take(most).collect())
 }

@@ -309,6 +309,10 @@ impl Owner {
         let Some(belongs) = self.belongs() else {
             return Some(state::Event::Swept);
         };
+        // It may not be its user yet: then no look for that user finds it.
+        if let Some(process) = &self.process {
+            self.reaper.signal(process.pid, Signal::SIGKILL);
+        }
         let (reaper, events) = (self.reaper.clone(), self.events.clone());
         tokio::spawn(async move {
             let told = events.clone();

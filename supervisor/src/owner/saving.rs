@@ -89,12 +89,12 @@ impl Owner {
         match (news, verb) {
             (News::Progress(progress), Verb::Restore) => {
                 status.restore_progress = Some(progress);
-                status.restore_error = None;
+                status.restore_waiting = None;
             }
             (News::Progress(progress), Verb::Backup | Verb::Fork) => {
                 status.backup_progress = Some(progress);
             }
-            (News::Waiting(what), Verb::Restore) => status.restore_error = Some(what),
+            (News::Waiting(what), Verb::Restore) => status.restore_waiting = Some(what),
             (News::Progress(_) | News::Waiting(_), _) => {}
             (News::Stuck(pid), _) => self.stuck = Some(pid),
             (News::Gone, _) => self.stuck = None,
@@ -104,6 +104,7 @@ impl Owner {
     pub(super) fn restored(&mut self, outcome: Outcome) {
         self.run = None;
         self.status.restore_progress = None;
+        self.status.restore_waiting = None;
         if self.state.phase == Phase::Down {
             return;
         }
